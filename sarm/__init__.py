@@ -1,0 +1,40 @@
+"""sarm: fast, exact, explainable reward models (arXiv 2508.08746).
+
+A decoder cut at its middle layer, a TopK sparse autoencoder on the last token, and a reward that
+is a linear sum over the k active features. Importing this package registers the model with
+transformers' Auto classes.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from sarm import ops
+from sarm.backbone import load_backbone, load_tokenizer
+from sarm.checkpoint import load_sae, save_sae
+from sarm.config import SarmConfig
+from sarm.errors import InputError
+from sarm.modeling import SarmForSequenceClassification
+from sarm.ops import SparseLatents
+from sarm.sae import TopKSAE
+from sarm.scorer import Explanation, SARMScorer
+
+try:
+    __version__ = version("sarm")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+__all__ = [
+    "Explanation",
+    "InputError",
+    "SARMScorer",
+    "SarmConfig",
+    "SarmForSequenceClassification",
+    "SparseLatents",
+    "TopKSAE",
+    "__version__",
+    "load_backbone",
+    "load_sae",
+    "load_tokenizer",
+    "ops",
+    "save_sae",
+]

@@ -1,0 +1,109 @@
+"""Configuration of a SARM: the backbone's own fields, cut depth included, plus a `sarm` section."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from sarm.errors import InputError
+
+ACTIVATIONS = ("topk", "none")
+NORMALIZATIONS = ("token", "none")
+
+
+class SarmConfig(PreTrainedConfig):
+    """Configuration of `SarmForSequenceClassification`.
+
+    The backbone's fields (hidden_size, num_hidden_layers, rope_parameters, ...) stand at the top
+    level, as in its own config.json; the `sarm` section adds:
+
+    - backbone_type: the backbone's model type ("llama", "mistral", "qwen2", "qwen3", "gemma2");
+    - source_layer: number of decoder layers kept;
+    - n_latents, k: width of the SAE and active latents per token;
+    - activation: "topk", or "none" for a SARM whose reward is linear in all latents;
+    - normalization: "token" (per-token mean and unbiased std, eps 1e-6) or "none".
+
+    The published `sarm_param` section (arXiv 2508.08746) is read as well.
+    """
+
+    model_type = "sarm"
+
+    def __init__(self, sarm: dict | None = None, **kwargs) -> None:
+        kwargs.setdefault("num_labels", 1)
+        kwargs.setdefault("problem_type", "regression" if kwargs["num_labels"] == 1 else None)
+        super().__init__(**kwargs)
+        self.sarm = dict(sarm or {})
+        if self.sarm:
+            self._check()
+
+    def _check(self) -> None:
+        section = self.sarm
+        section.setdefault("activation", "topk")
+        section.setdefault("normalization", "token")
+        for name in ("backbone_type", "source_layer", "n_latents", "k"):
+            if name not in section:
+                raise InputError(f"config: sarm.{name} is missing")
+        n_latents, k = section["n_latents"], section["k"]
+        if not 1 <= k <= n_latents:
+            raise InputError(f"config: sarm.k must be in [1, n_latents={n_latents}], got {k}")
+        for name, allowed in (("activation", ACTIVATIONS), ("normalization", NORMALIZATIONS)):
+            if section[name] not in allowed:
+                raise InputError(f"config: sarm.{name} must be one of {allowed}, got {section[name]!r}")
+
+    @classmethod
+    def from_backbone(cls, backbone: PreTrainedConfig, **section) -> SarmConfig:
+        """Configuration for a cut backbone and the fields of the `sarm` section."""
+        fields = backbone.to_dict()
+        for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
+            fields.pop(name, None)
+        for name in ("id2label", "label2id", "num_labels", "problem_type"):
+            fields.pop(name, None)
+        section.setdefault("source_layer", backbone.num_hidden_layers)
+        section["backbone_type"] = backbone.model_type
+        return cls(sarm=section, **fields)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; a published `sarm_param` section becomes a `sarm` section."""
+        if "sarm" not in config_dict and "sarm_param" not in config_dict:
+            kind = config_dict.get("model_type")
+            raise InputError(f"config: no `sarm` section (model_type {kind!r}): not a SARM checkpoint")
+        if "sarm" not in config_dict:
+            config_dict = _from_published(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    def backbone_config(self) -> PreTrainedConfig:
+        """The cut backbone's configuration in its own class."""
+        fields = self.to_dict()
+        for name in ("sarm", "model_type", "architectures", "transformers_version"):
+            fields.pop(name, None)
+        for name in ("id2label", "label2id", "problem_type"):
+            fields.pop(name, None)
+        return AutoConfig.for_model(self.sarm["backbone_type"], **fields)
+
+
+def _from_published(config_dict: dict) -> dict:
+    """The published layout: model_type "llama", depth maybe uncut, settings in `sarm_param`."""
+    fields = dict(config_dict)
+    published = fields.pop("sarm_param")
+    try:
+        layer = int(published["sae_source_layer"])
+        n_latents, k = int(published["sae_latent_size"]), int(published["sae_k"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"config: sarm_param has no usable {error}") from error
+    use_topk = published.get("sarm_use_activation", True)
+    backbone_type = fields.pop("model_type", "llama")
+    fields.pop("architectures", None)
+    fields.pop("auto_map", None)  # never remote code
+    fields["num_hidden_layers"] = layer
+    if fields.get("layer_types"):
+        fields["layer_types"] = fields["layer_types"][:layer]
+    fields["use_cache"] = False
+    fields["sarm"] = {
+        "backbone_type": backbone_type,
+        "source_layer": layer,
+        "n_latents": n_latents,
+        "k": k,
+        "activation": "topk" if use_topk else "none",
+        "normalization": "token",
+    }
+    return fields

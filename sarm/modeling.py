@@ -1,0 +1,238 @@
+"""The model: cut backbone -> TopK SAE on the scored token -> linear head over the active latents."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+from sarm import ops
+from sarm.backbone import cut_config, first_line, preferred_dtype, quiet_transformers
+from sarm.checkpoint import replace_files
+from sarm.config import SarmConfig
+from sarm.errors import InputError
+from sarm.ops import SparseLatents
+from sarm.packing import last_state
+from sarm.sae import TopKSAE
+
+
+@dataclass
+class SarmOutput(ModelOutput):
+    """Rewards and what they are made of.
+
+    loss: mean squared error against `labels` when given.  logits: (B, num_labels) fp32 rewards.
+    latents, indices: (B, k) active latents of the scored token (None for a SARM without TopK).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    latents: Tensor | None = None
+    indices: Tensor | None = None
+
+
+class SarmForSequenceClassification(PreTrainedModel):
+    """A reward model whose score is an exact sum over k sparse features.
+
+    The scored token is the last real one of each row, found from the attention mask and never from
+    the pad id, so pad = eos, left and right padding all give the same score. Head, SAE biases and
+    scores are fp32 in every dtype.
+    """
+
+    config_class = SarmConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _keep_in_fp32_modules_strict = ("score", "sae.pre_bias", "sae.latent_bias")
+    # the published files carry the final norm that the formula does not use
+    _keys_to_ignore_on_load_unexpected = (r"^model\.norm\.", r"^lm_head\.", r"rotary_emb\.inv_freq")
+
+    def __init__(self, config: SarmConfig) -> None:
+        super().__init__(config)
+        if not config.sarm:
+            raise InputError("SarmForSequenceClassification: the config has no `sarm` section")
+        backbone_config = config.backbone_config()
+        backbone_config = cut_config(backbone_config, config.sarm["source_layer"])
+        softcapped = getattr(backbone_config, "attn_logit_softcapping", None)
+        attention = "eager" if softcapped else config._attn_implementation
+        self.model = AutoModel.from_config(backbone_config, attn_implementation=attention)
+        self.model.norm = nn.Identity()
+        self.sae = TopKSAE(
+            backbone_config.hidden_size,
+            config.sarm["n_latents"],
+            config.sarm["k"],
+            normalization=config.sarm["normalization"],
+            dtype=torch.get_default_dtype(),  # transformers sets it to the requested dtype
+        )
+        self.score = nn.Linear(
+            config.sarm["n_latents"], config.num_labels, bias=False, dtype=torch.float32
+        )
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls, backbone: PreTrainedModel, sae: TopKSAE, head: Tensor, activation: str = "topk"
+    ) -> SarmForSequenceClassification:
+        """A SARM that shares the given cut backbone, SAE and head weight (P, n_latents)."""
+        if sae.d_model != backbone.config.hidden_size:
+            raise InputError(
+                f"the SAE has d_model={sae.d_model}, the backbone {backbone.config.hidden_size}"
+            )
+        if head.ndim != 2 or head.shape[1] != sae.n_latents:
+            raise InputError(
+                f"head must have shape (P, n_latents={sae.n_latents}), got {tuple(head.shape)}"
+            )
+        config = SarmConfig.from_backbone(
+            backbone.config,
+            n_latents=sae.n_latents,
+            k=sae.k,
+            activation=activation,
+            normalization=sae.normalization,
+        )
+        config.num_labels = head.shape[0]
+        config.dtype = backbone.dtype
+        with torch.device("meta"):
+            model = cls(config)
+        model.model, model.sae = backbone, sae
+        model.score.weight = nn.Parameter(head.detach().float().to(backbone.device))
+        return model.eval()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TopKSAE):
+            return  # initialised in its constructor; its parts must not be drawn again
+        if module is getattr(self, "score", None):
+            nn.init.zeros_(module.weight)  # as published
+        elif not any(module is m for m in (self.sae.encoder, self.sae.decoder)):
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id, *model_args, **kwargs):
+        """Load our layout or the published one; as in transformers, but a bad file is an error.
+
+        Missing tensors, wrong shapes and non-finite values raise InputError instead of leaving
+        random weights behind. No remote code is ever run. dtype: None keeps the checkpoint's, but
+        fp32 on a CPU that would emulate bf16.
+        """
+        text = os.fspath(path_or_id)
+        looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1
+        if looks_local and not os.path.isdir(text):
+            raise FileNotFoundError(f"{text}: no such checkpoint directory")
+        kwargs.pop("trust_remote_code", None)
+        config = kwargs.pop("config", None)
+        kwargs.pop("num_labels", None)  # one reward per row of the head, whatever is asked for
+        with_info = kwargs.pop("output_loading_info", False)
+        try:
+            with quiet_transformers():
+                if not isinstance(config, SarmConfig):
+                    config = SarmConfig.from_pretrained(text, revision=kwargs.get("revision"))
+                if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+                    on_cpu = not kwargs.get("device_map")
+                    device = torch.device("cpu" if on_cpu else "cuda")
+                    kwargs["dtype"] = preferred_dtype(device, config.dtype)
+                model, info = super().from_pretrained(
+                    text, *model_args, config=config, output_loading_info=True, **kwargs
+                )
+        except InputError:
+            raise
+        except Exception as error:  # safetensors, hub, json and shape errors of every kind
+            raise InputError(f"{text}: cannot load the checkpoint ({first_line(error)})") from error
+        if info["mismatched_keys"]:
+            name, got, expected = sorted(info["mismatched_keys"])[0]
+            raise InputError(f"{text}: {name} has shape {tuple(got)}, expected {tuple(expected)}")
+        for kind in ("missing_keys", "unexpected_keys"):
+            if info[kind]:
+                names = sorted(info[kind])
+                raise InputError(f"{text}: {kind.replace('_keys', '')} tensor {names[0]} "
+                                 f"({len(names)} in all)")
+        for name, tensor in model.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise InputError(f"{text}: {name} holds NaN or infinite values")
+        model.sae.lay_out_by_latent()
+        return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As in transformers, but all files are written aside first and then moved into place."""
+        self.config.architectures = [type(self).__name__]
+        with replace_files(save_directory) as staging:
+            super().save_pretrained(staging, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's token embedding."""
+        return self.model.get_input_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> SarmOutput:
+        """Rewards of a batch.
+
+        Args:
+            input_ids: (B, T) token ids, padded on either side.
+            attention_mask: (B, T), nonzero at real tokens; None: every token is real.
+            labels: (B,) or (B, num_labels) target rewards, for a squared-error loss.
+        Returns:
+            SarmOutput with logits (B, num_labels) fp32.
+        """
+        ids, lengths = real_tokens(input_ids, attention_mask)
+        return self.from_states(last_state(self.model, ids, lengths), labels)
+
+    def from_states(self, states: Tensor, labels: Tensor | None = None) -> SarmOutput:
+        """Rewards of scored-token states (B, d_model), the backbone's output."""
+        if self.config.sarm["activation"] == "topk":
+            latents = self.sae.encode(states)
+            rewards = ops.sparse_value(latents.vals, latents.idx, self.score.weight.float())
+        else:
+            latents = SparseLatents(None, None)
+            direction, offset = self.folded()
+            rewards = self.sae.normalize(states) @ direction.t() + offset
+        loss = None
+        if labels is not None:
+            loss = nn.functional.mse_loss(rewards, labels.float().view_as(rewards))
+        return SarmOutput(loss=loss, logits=rewards, latents=latents.vals, indices=latents.idx)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(P, d_model) and (P,): without TopK the reward is linear, r = (W_enc^T w)(x - b_pre) + w b_lat.
+
+        Cost O(P d_model) a token instead of O(n_latents d_model).
+        """
+        head = self.score.weight.double()
+        direction = head @ self.sae.encoder.weight.double()
+        offset = head @ self.sae.latent_bias.double() - direction @ self.sae.pre_bias.double()
+        return direction.float(), offset.float()
+
+
+def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, T') right-padded ids and (B,) lengths of the tokens the mask keeps, in order."""
+    if input_ids.ndim != 2:
+        raise InputError(f"input_ids must have shape (B, T), got {tuple(input_ids.shape)}")
+    rows, width = input_ids.shape
+    if attention_mask is None:
+        return input_ids, torch.full((rows,), width, device=input_ids.device)
+    if attention_mask.shape != input_ids.shape:
+        raise InputError(
+            f"attention_mask must have shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+        )
+    keep = attention_mask != 0
+    lengths = keep.sum(1)
+    if rows and int(lengths.min()) == 0:
+        raise InputError(f"row {int(lengths.argmin())}: the attention mask keeps no token")
+    # a stable sort of "is padding" moves real tokens to the left without reordering them
+    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
+    longest = int(lengths.max()) if rows else width
+    return input_ids.gather(1, order)[:, :longest], lengths
+
+
+AutoConfig.register("sarm", SarmConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(SarmConfig, SarmForSequenceClassification, exist_ok=True)

@@ -1,0 +1,82 @@
+"""The `cpu` backend: C++ kernels of the extension sarm._C (csrc/cpu) on fp32 and bf16 weights."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sarm.ops import reference
+
+_KERNELS = torch.ops.sarm_cpu
+# topk_encode selects from fp32 pre-activations, whatever they were computed from.
+_DTYPES = {"topk_encode": (torch.float32, torch.bfloat16, torch.float16)}
+_DEFAULT_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the extension is not there, or None; loads it at the first call."""
+    try:
+        importlib.import_module("sarm._C")  # after torch, whose libraries it needs
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError):
+            return "not built: sarm._C is missing (installed with SARM_NO_EXT=1, or not installed)"
+        return f"sarm._C does not load: {error}"
+    return None
+
+
+def rejects(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+    """Why these tensors cannot be handled, or None."""
+    dtypes = _DTYPES.get(op, _DEFAULT_DTYPES)
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"it runs CPU tensors, got one on {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"it takes {names}, got {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def topk_encode(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """The reference's chunked GEMM; the selection is C++ (torch.topk is 3-10x slower)."""
+    vals = x.new_empty((x.shape[0], k), dtype=torch.float32)
+    idx = torch.empty_like(vals, dtype=torch.int64)
+    for rows, pre in reference.preactivations(x, w_enc, b_enc):
+        _KERNELS.select_topk(pre, vals[rows], idx[rows])
+    return (vals.relu_() if relu else vals), idx
+
+
+def sparse_value(vals: Tensor, idx: Tensor, w_head: Tensor) -> Tensor:
+    """C++: products summed in fp64."""
+    return _KERNELS.sparse_value(vals, idx, w_head)
+
+
+def gather_sum(vals: Tensor, idx: Tensor, w: Tensor) -> Tensor:
+    """C++: parallel over rows."""
+    return _KERNELS.gather_sum(vals, idx, w)
+
+
+def gather_dot(y: Tensor, idx: Tensor, w: Tensor) -> Tensor:
+    """C++: parallel over rows."""
+    return _KERNELS.gather_dot(y, idx, w)
+
+
+def scatter_outer(a: Tensor, idx: Tensor, y: Tensor, n_latents: int) -> Tensor:
+    """C++: counting sort by latent, then parallel over latents."""
+    return _KERNELS.scatter_outer(a, idx, y, n_latents)
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    "topk_encode": topk_encode,
+    "sparse_value": sparse_value,
+    "gather_sum": gather_sum,
+    "gather_dot": gather_dot,
+    "scatter_outer": scatter_outer,
+}

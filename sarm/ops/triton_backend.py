@@ -1,0 +1,51 @@
+"""The `triton` backend: kernels of sarm.kernels on CUDA tensors.
+
+With TRITON_INTERPRET=1 (set before Triton is imported) the same kernels run on CPU tensors in
+Triton's interpreter: slow, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def unavailable() -> str | None:
+    """Why no Triton kernel can run on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not _interpreted() and not torch.cuda.is_available():
+        return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return None
+
+
+def rejects(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+    """Why these tensors cannot be handled, or None."""
+    device = "cpu" if _interpreted() else "cuda"
+    for tensor in tensors:
+        if tensor.device.type != device:
+            return f"it runs {device} tensors here, got one on {tensor.device}"
+        if tensor.dtype == torch.float64:
+            return "it takes float32, bfloat16, float16, got float64"
+    return None
+
+
+@functools.cache
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def sparse_value(vals: Tensor, idx: Tensor, w_head: Tensor) -> Tensor:
+    """kernels/sparse_value.py."""
+    # Imported at the first call: Triton takes about a second, and `import sarm` need not pay it.
+    return importlib.import_module("sarm.kernels.sparse_value").sparse_value(vals, idx, w_head)
+
+
+OPS: dict[str, Callable[..., Any]] = {"sparse_value": sparse_value}

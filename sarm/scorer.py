@@ -1,0 +1,292 @@
+"""`SARMScorer`: rewards for conversations, their exact explanation, and steering."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sarm import ops
+from sarm.backbone import load_tokenizer
+from sarm.errors import InputError
+from sarm.modeling import SarmForSequenceClassification
+from sarm.packing import iter_last_states
+from sarm.tokens import Conversation, ConversationEncoder
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One feature's part of a reward: `activation * weight == value`."""
+
+    feature: int
+    activation: float
+    weight: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A reward as an exact sum: `bias + sum(c.value for c in contributions) + rest == reward`.
+
+    contributions: the `top` largest by absolute value.  rest: the sum of the other `n_rest`
+    active features.  dropped: tokens cut from the left to fit max_length.
+    """
+
+    reward: float
+    bias: float
+    contributions: list[Contribution]
+    rest: float
+    n_rest: int
+    n_tokens: int
+    dropped: int
+
+
+@dataclass
+class ScoreReport:
+    """What the last `score` call did: how many conversations were cut, and by how many tokens."""
+
+    dropped: list[int] = field(default_factory=list)
+
+    @property
+    def n_truncated(self) -> int:
+        return sum(d > 0 for d in self.dropped)
+
+
+class SARMScorer:
+    """Scores conversations with a SARM; drops into RLHF loops. Not an `nn.Module`; holds one.
+
+    The scorer owns the tokenisation: chat template, one BOS, the end-of-turn token as the scored
+    token, truncation from the left at `max_length`. Scores are fp32.
+
+    Args:
+        model: a `SarmForSequenceClassification` with one reward.
+        tokenizer: its tokenizer, with a chat template.
+        max_length: tokens of a conversation that are kept, from its end.
+        max_batch_tokens: padded tokens a forward pass; None: by device.
+    """
+
+    def __init__(
+        self,
+        model: SarmForSequenceClassification,
+        tokenizer=None,
+        *,
+        max_length: int = 4096,
+        max_batch_tokens: int | None = None,
+    ) -> None:
+        self.model = model.eval()
+        limit = getattr(model.config, "max_position_embeddings", None) or max_length
+        self.max_length = min(max_length, limit)
+        self.max_batch_tokens = max_batch_tokens
+        self.tokenizer = tokenizer
+        self._encoder = ConversationEncoder(tokenizer, self.max_length) if tokenizer else None
+        self.report = ScoreReport()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        quantization: str | None = None,
+        max_length: int = 4096,
+        max_batch_tokens: int | None = None,
+        revision: str | None = None,
+    ) -> SARMScorer:
+        """Load a SARM (ours or the published layout) and its tokenizer.
+
+        Args:
+            path_or_id: directory or hub id.
+            device: None: cuda when there is one, else cpu.
+            dtype: of the backbone and SAE; None: the checkpoint's (see `load_backbone`).
+            quantization: None.
+            max_length: tokens kept of a conversation, from its end.
+        Raises:
+            FileNotFoundError, InputError: see `SarmForSequenceClassification.from_pretrained`.
+        """
+        if quantization is not None:
+            raise InputError(f"SARMScorer: quantization must be None, got {quantization!r}")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = SarmForSequenceClassification.from_pretrained(
+            path_or_id, dtype=dtype, revision=revision
+        )
+        tokenizer = load_tokenizer(path_or_id, revision=revision)
+        return cls(
+            model.to(device), tokenizer, max_length=max_length, max_batch_tokens=max_batch_tokens
+        )
+
+    # ---- scoring ---------------------------------------------------------------------------
+
+    def score(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """(N,) fp32 rewards of chat-message lists, in order; `self.report` says what was cut.
+
+        Raises:
+            InputError: names the first conversation that is empty, malformed or refused by the
+            chat template, or whose reward is not finite.
+        """
+        encoded = self._require_encoder().encode(conversations)
+        self.report = ScoreReport([e.dropped for e in encoded])
+        return self.score_token_ids([e.ids for e in encoded], progress=progress)
+
+    def score_token_ids(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """(N,) fp32 rewards of token sequences as they are: nothing is added or cut.
+
+        `progress(done, total)` is called after every batch. Each row is a list of ids or a 1-D
+        tensor, scored at its last token.
+        """
+        rows = [r.tolist() if isinstance(r, Tensor) else list(r) for r in token_ids]
+        rewards = torch.empty(len(rows), dtype=torch.float32)
+        done = 0
+        for indices, states in iter_last_states(self.model.model, rows, self.max_batch_tokens):
+            with torch.inference_mode():
+                logits = self.model.from_states(states.to(self.model.device)).logits
+            rewards[indices] = logits[:, 0].float().cpu()
+            done += len(indices)
+            if progress is not None:
+                progress(done, len(rows))
+        bad = (~torch.isfinite(rewards)).nonzero()
+        if len(bad):
+            i = int(bad[0])
+            raise InputError(f"item {i}: the reward is {rewards[i].item()} ({len(bad)} items in all)")
+        return rewards
+
+    def __call__(self, prompts=None, completions=None, **columns) -> list[float | None]:
+        """TRL's reward-function contract: rewards of completions to prompts, None for None.
+
+        Conversational: prompts[i] and completions[i] are message lists. Plain: strings, taken as a
+        user message and the assistant's answer. Other dataset columns are ignored.
+        """
+        if completions is None or prompts is None:
+            raise InputError("SARMScorer: needs prompts and completions")
+        if len(prompts) != len(completions):
+            raise InputError(
+                f"SARMScorer: {len(prompts)} prompts but {len(completions)} completions"
+            )
+        items = [i for i, c in enumerate(completions) if c is not None]
+        rewards = self.score([join_turns(prompts[i], completions[i], i) for i in items])
+        out: list[float | None] = [None] * len(completions)
+        for i, reward in zip(items, rewards.tolist(), strict=True):
+            out[i] = reward
+        return out
+
+    # ---- explaining and steering -----------------------------------------------------------
+
+    def explain(self, conversation: Conversation, top: int = 20) -> Explanation:
+        """The reward of one conversation as a sum over features; `top` of them by size."""
+        if top < 0:
+            raise InputError(f"explain: top must be >= 0, got {top}")
+        (encoded,) = self._require_encoder().encode([conversation])
+        ((_, states),) = iter_last_states(self.model.model, [encoded.ids])
+        states = states.to(self.model.device)
+        with torch.inference_mode():
+            features, activations = self._active(states)
+            output = self.model.from_states(states)
+        weights = self.model.score.weight[0, features]
+        values = activations.double() * weights.double()
+        order = values.abs().argsort(descending=True, stable=True)
+        listed = [
+            Contribution(*row)
+            for row in zip(
+                features[order[:top]].tolist(),
+                activations[order[:top]].tolist(),
+                weights[order[:top]].tolist(),
+                values[order[:top]].tolist(),
+                strict=True,
+            )
+        ]
+        return Explanation(
+            reward=output.logits[0, 0].item(),
+            bias=0.0,
+            contributions=listed,
+            rest=values[order[top:]].sum().item(),
+            n_rest=max(0, len(order) - top),
+            n_tokens=len(encoded.ids),
+            dropped=encoded.dropped,
+        )
+
+    def _active(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and activations of the latents that make up one state's reward."""
+        if self.model.config.sarm["activation"] == "topk":
+            latents = self.model.sae.encode(states)
+            return latents.idx[0], latents.vals[0]
+        dense = self.model.sae.preactivations(states)[0]
+        return torch.arange(len(dense), device=dense.device), dense
+
+    def steer(self, profile: Mapping[int, float]) -> SARMScorer:
+        """A new scorer whose head weight of each feature is multiplied; the rest is shared.
+
+        Args:
+            profile: {feature: factor}; 0 switches a feature off, 2 doubles it, -1 flips it.
+        Raises:
+            InputError: a feature outside [0, n_latents) or a factor that is not finite.
+        """
+        n_latents = self.model.sae.n_latents
+        weight = self.model.score.weight.detach().clone()
+        for feature, factor in dict(profile).items():
+            if isinstance(feature, bool) or not isinstance(feature, int):
+                raise InputError(f"steer: features are integers, got {feature!r}")
+            if not 0 <= feature < n_latents:
+                raise InputError(f"steer: feature must be in [0, {n_latents}), got {feature}")
+            if not isinstance(factor, (int, float)) or not math.isfinite(factor):
+                raise InputError(f"steer: the factor of feature {feature} must be a finite number, "
+                                 f"got {factor!r}")
+            weight[:, feature] *= factor
+        scorer = copy.copy(self)
+        scorer.report = ScoreReport()
+        scorer.model = SarmForSequenceClassification.from_parts(
+            self.model.model, self.model.sae, weight, self.model.config.sarm["activation"]
+        )
+        return scorer
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write model and tokenizer; `SARMScorer.from_pretrained` reads them back."""
+        from sarm.checkpoint import replace_files
+
+        with replace_files(directory) as staging:
+            self.tokenizer.save_pretrained(staging)
+        self.model.save_pretrained(directory)
+
+    def latents(self, conversations: Sequence[Conversation]) -> ops.SparseLatents:
+        """(N, k) active latents and indices at the scored token of every conversation."""
+        encoded = self._require_encoder().encode(conversations)
+        d_model = self.model.sae.d_model
+        states = torch.empty(len(encoded), d_model)
+        for indices, part in iter_last_states(
+            self.model.model, [e.ids for e in encoded], self.max_batch_tokens
+        ):
+            states[indices] = part
+        with torch.inference_mode():
+            return self.model.sae.encode(states.to(self.model.device))
+
+    def _require_encoder(self) -> ConversationEncoder:
+        if self._encoder is None:
+            raise InputError("this scorer has no tokenizer: use score_token_ids")
+        return self._encoder
+
+
+def join_turns(prompt, completion, index: int) -> list[dict]:
+    """One conversation from a prompt and a completion, each a string or a message list."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(prompt, (list, tuple)) or not isinstance(completion, (list, tuple)):
+        raise InputError(
+            f"item {index}: prompt and completion must be strings or message lists, got "
+            f"{type(prompt).__name__} and {type(completion).__name__}"
+        )
+    return [*prompt, *completion]

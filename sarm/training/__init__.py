@@ -1,0 +1,1 @@
+"""Training: SAEs on the residual stream, and the convex head on their features."""

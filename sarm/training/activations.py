@@ -1,0 +1,133 @@
+"""Which residual states an SAE learns from, and the stream of them from text.
+
+Three kinds of position (`kind`):
+
+- "token": every token;
+- "sentence": the last token of each sentence (ends in . ? ; !; spans under 10 tokens are merged),
+  as published;
+- "turn-end": what a reward model actually scores. After each sentence the turn is ended: the
+  end-of-turn token is placed there and its state is read. All such tokens of a document run in one
+  forward pass: they stand behind the document, each attending to the text up to its sentence and
+  to itself only, so a document of T tokens and S sentences costs T + S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sarm.errors import InputError
+
+KINDS = ("token", "sentence", "turn-end")
+SENTENCE_ENDS = (".", "?", ";", "!")
+MIN_SPAN = 10  # tokens; shorter spans join the next sentence
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a document that fits the context: token ids and the positions to read."""
+
+    ids: list[int]
+    positions: list[int]
+
+
+class WindowMaker:
+    """Cuts documents into windows of at most `context` tokens with their read positions.
+
+    Args:
+        tokenizer: the backbone's.
+        kind: "token", "sentence" or "turn-end".
+        context: tokens a window; a longer document becomes several windows.
+        chat: put the text into an assistant turn of the chat template.
+    """
+
+    def __init__(self, tokenizer, kind: str, context: int = 1024, chat: bool = False) -> None:
+        if kind not in KINDS:
+            raise InputError(f"activations must be one of {', '.join(KINDS)}, got {kind!r}")
+        if context < 2 * MIN_SPAN:
+            raise InputError(f"context must be at least {2 * MIN_SPAN} tokens, got {context}")
+        self.kind, self.context = kind, context
+        self.tokenizer = tokenizer
+        self._head = self._chat_head() if chat else []
+        if not chat and tokenizer.bos_token_id is not None and adds_bos(tokenizer):
+            self._head = [tokenizer.bos_token_id]
+        self._is_end = self._sentence_end_table()
+
+    def _chat_head(self) -> list[int]:
+        mark = "\u2237"  # stands for the text; what precedes it is the turn's opening
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "assistant", "content": mark}], tokenize=False
+        )
+        return self.tokenizer(text[: text.index(mark)], add_special_tokens=False)["input_ids"]
+
+    def _sentence_end_table(self) -> Tensor:
+        ids = list(range(len(self.tokenizer)))
+        texts = self.tokenizer.batch_decode([[i] for i in ids])
+        ends = torch.tensor([t.rstrip().endswith(SENTENCE_ENDS) for t in texts])
+        ends[[i for i in self.tokenizer.all_special_ids if i < len(ends)]] = True
+        return ends
+
+    def windows(self, texts: Iterable[str], batch: int = 256) -> Iterator[list[Window]]:
+        """The windows of each document, documents in order (a list may be empty)."""
+        pending: list[str] = []
+        for text in texts:
+            pending.append(text)
+            if len(pending) == batch:
+                yield from self._batch(pending)
+                pending = []
+        if pending:
+            yield from self._batch(pending)
+
+    def _batch(self, texts: list[str]) -> Iterator[list[Window]]:
+        for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            room = self.context - len(self._head)
+            pieces = [ids[i : i + room] for i in range(0, len(ids), room)]
+            yield [self._window(piece) for piece in pieces if len(piece) >= MIN_SPAN or ids == piece]
+
+    def _window(self, ids: list[int]) -> Window:
+        start = len(self._head)
+        if self.kind == "token":
+            positions = list(range(start, start + len(ids)))
+        else:
+            positions, last = [], -1
+            for i in self._is_end[ids].nonzero().flatten().tolist():
+                if i - last >= MIN_SPAN:
+                    positions.append(start + i)
+                    last = i
+            if last < len(ids) - 1:
+                positions.append(start + len(ids) - 1)
+        return Window(self._head + list(ids), positions)
+
+
+def adds_bos(tokenizer) -> bool:
+    """Whether the tokenizer starts plain text with BOS."""
+    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+@torch.inference_mode()
+def window_states(backbone, window: Window, kind: str, end_id: int) -> Tensor:
+    """(len(window.positions), d_model) fp32 states on the CPU."""
+    device = backbone.device
+    if kind != "turn-end":
+        ids = torch.tensor([window.ids], device=device)
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return hidden[window.positions].float().cpu()
+    text, ends = len(window.ids), len(window.positions)
+    ids = torch.tensor([window.ids + [end_id] * ends], device=device)
+    after = torch.tensor(window.positions, device=device)
+    allowed = torch.ones(text + ends, text + ends, dtype=torch.bool, device=device).tril()
+    # row of end j: the text up to its sentence, and itself
+    allowed[text:, :text] = torch.arange(text, device=device) <= after[:, None]
+    allowed[text:, text:] = torch.eye(ends, dtype=torch.bool, device=device)
+    mask = torch.zeros(allowed.shape, dtype=backbone.dtype, device=device)
+    mask.masked_fill_(~allowed, torch.finfo(backbone.dtype).min)
+    hidden = backbone(
+        input_ids=ids,
+        attention_mask=mask[None, None],
+        position_ids=torch.cat([torch.arange(text, device=device), after + 1])[None],
+        use_cache=False,
+    ).last_hidden_state[0]
+    return hidden[text:].float().cpu()
