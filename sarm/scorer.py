@@ -16,7 +16,7 @@ from sarm.backbone import load_tokenizer
 from sarm.errors import InputError
 from sarm.modeling import SarmForSequenceClassification
 from sarm.packing import iter_last_states
-from sarm.tokens import Conversation, ConversationEncoder
+from sarm.tokens import Conversation, ConversationEncoder, Encoded
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,16 @@ class SARMScorer:
 
     # ---- scoring ---------------------------------------------------------------------------
 
+    def encode(
+        self,
+        conversations: Sequence[Conversation],
+        where: Callable[[int], str] = lambda i: f"conversation {i}",
+    ) -> list[Encoded]:
+        """Token ids as `score` sees them, and how many tokens were cut; see `ConversationEncoder`."""
+        if self._encoder is None:
+            raise InputError("this scorer has no tokenizer: use score_token_ids")
+        return self._encoder.encode(conversations, where)
+
     def score(
         self,
         conversations: Sequence[Conversation],
@@ -133,7 +143,7 @@ class SARMScorer:
             InputError: names the first conversation that is empty, malformed or refused by the
             chat template, or whose reward is not finite.
         """
-        encoded = self._require_encoder().encode(conversations)
+        encoded = self.encode(conversations)
         self.report = ScoreReport([e.dropped for e in encoded])
         return self.score_token_ids([e.ids for e in encoded], progress=progress)
 
@@ -189,7 +199,7 @@ class SARMScorer:
         """The reward of one conversation as a sum over features; `top` of them by size."""
         if top < 0:
             raise InputError(f"explain: top must be >= 0, got {top}")
-        (encoded,) = self._require_encoder().encode([conversation])
+        (encoded,) = self.encode([conversation])
         ((_, states),) = iter_last_states(self.model.model, [encoded.ids])
         states = states.to(self.model.device)
         with torch.inference_mode():
@@ -262,7 +272,7 @@ class SARMScorer:
 
     def latents(self, conversations: Sequence[Conversation]) -> ops.SparseLatents:
         """(N, k) active latents and indices at the scored token of every conversation."""
-        encoded = self._require_encoder().encode(conversations)
+        encoded = self.encode(conversations)
         d_model = self.model.sae.d_model
         states = torch.empty(len(encoded), d_model)
         for indices, part in iter_last_states(
@@ -272,10 +282,6 @@ class SARMScorer:
         with torch.inference_mode():
             return self.model.sae.encode(states.to(self.model.device))
 
-    def _require_encoder(self) -> ConversationEncoder:
-        if self._encoder is None:
-            raise InputError("this scorer has no tokenizer: use score_token_ids")
-        return self._encoder
 
 
 def join_turns(prompt, completion, index: int) -> list[dict]:

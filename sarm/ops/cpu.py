@@ -45,7 +45,7 @@ def rejects(op: str, tensors: tuple[Tensor, ...]) -> str | None:
 def topk_encode(
     x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """The reference's chunked GEMM; the selection is C++ (torch.topk is 3-10x slower)."""
+    """The reference's chunked GEMM; the selection is C++, three times as fast as torch.topk."""
     vals = x.new_empty((x.shape[0], k), dtype=torch.float32)
     idx = torch.empty_like(vals, dtype=torch.int64)
     for rows, pre in reference.preactivations(x, w_enc, b_enc):

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarm.ops import checks, dispatch
+from sarm.ops import autocast, checks, dispatch
 from sarm.ops.reference import accumulate_dtype
 
 OP = "scatter_outer"
 
 
 def scatter_outer(a: Tensor, idx: Tensor, y: Tensor, n_latents: int) -> Tensor:
-    """Sum of outer products by latent:  out[l] = sum over (n, j) with idx[n, j] = l of a[n, j] y[n].
+    """Sums of rows by latent:  out[l] = sum over (n, j) with idx[n, j] = l of a[n, j] y[n].
 
     Equals scatter(a, idx).T @ y without the dense (N, n_latents) activations. Entries are grouped
     by latent with a stable sort and summed in the order of the tokens: no float atomics, so the
@@ -90,3 +90,4 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+autocast.register(OP)

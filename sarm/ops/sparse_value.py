@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarm.ops import checks, dispatch
+from sarm.ops import autocast, checks, dispatch
 from sarm.ops.reference import accumulate_dtype
 
 OP = "sparse_value"
@@ -83,3 +83,4 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+autocast.register(OP)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sarm.ops import checks, dispatch
+from sarm.ops import autocast, checks, dispatch
 from sarm.ops.reference import accumulate_dtype
 
 OP = "topk_encode"
@@ -124,24 +124,4 @@ def _backward(ctx: Any, d_vals: Tensor | None, d_idx: None) -> tuple[Tensor | No
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _register_autocast(device_type: str, key: str) -> None:
-    # register_autocast of the custom op would also cast b_enc, which has to stay fp32.
-    def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-        return t if t.dtype == torch.float64 else t.to(dtype)
-
-    def kernel(
-        keyset: Any, x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, relu: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device_type)
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return torch.ops.sarm.topk_encode(cast(x, dtype), cast(w_enc, dtype), b_enc, k, relu)
-
-    _LIBRARY.impl("topk_encode", kernel, key, with_keyset=True)
-
-
-_LIBRARY = torch.library.Library("sarm", "FRAGMENT")
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+autocast.register(OP, cast=(0, 1))  # x and w_enc; b_enc has to stay fp32

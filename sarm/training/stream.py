@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from sarm.checkpoint import replace_file
@@ -143,7 +143,7 @@ class StateStream:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"piece-{number:05d}.safetensors"
         with replace_file(path, "wb") as file:
-            save_file({"states": part.contiguous()}, file.name, {"place": json.dumps(place)})
+            file.write(save({"states": part.contiguous()}, {"place": json.dumps(place)}))
 
     def _finished_pieces(self, start: int) -> tuple[list[Tensor], int, int]:
         """Pieces an interrupted run left of the chunk that begins after `start` documents."""

@@ -1,0 +1,5 @@
+"""`python -m sarm`."""
+
+from sarm.cli import main
+
+main()

@@ -1,0 +1,418 @@
+"""The command line: `sarm` or `python -m sarm`.
+
+Bad input is one line on stderr and exit code 2; SARM_DEBUG=1 shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sarm.errors import InputError
+from sarm.progress import bars, stderr
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Reward models that explain themselves: train, score, explain, steer.",
+)
+stdout = Console(highlight=False)
+
+Model = Annotated[Path, typer.Option("--model", "-m", help="SARM checkpoint directory.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result is written.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens kept of a conversation, from its end.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip malformed rows and count them.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores).")]
+Dtype = Annotated[
+    str | None, typer.Option(help="fp32, bf16 or fp16 (default: what the machine runs fast).")
+]
+Cache = Annotated[
+    Path | None, typer.Option(help="SQLite file of scored-token states, reused between runs.")
+]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        code = app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except click.exceptions.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        stderr.print("interrupted; the same command takes the run up again")
+        code = 130
+    except (InputError, OSError) as error:
+        if os.environ.get("SARM_DEBUG") == "1":
+            raise
+        stderr.print(f"sarm: {_one_line(error)}", markup=False, soft_wrap=True)
+        code = 2
+    sys.exit(code or 0)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name is not None and name not in known:
+        raise InputError(f"--dtype must be one of {', '.join(known)}, got {name!r}")
+    return known.get(name) if name else None
+
+
+def _threads(count: int | None) -> None:
+    if count is not None:
+        if count < 1:
+            raise InputError(f"--threads must be at least 1, got {count}")
+        torch.set_num_threads(count)
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices and op backends, and why each backend is or is not available."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import sarm
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    facts = Table(show_header=False, box=None)
+    for name in ("torch", "transformers", "accelerate", "triton", "flash-attn", "bitsandbytes"):
+        facts.add_row(name, installed(name))
+    facts.add_row("python", sys.version.split()[0])
+    facts.add_row("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    facts.add_row("bf16 on the CPU", "native" if torch.cpu._is_avx512_bf16_supported() else
+                  "emulated (fp32 is used instead)")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts.add_row("GPUs", ", ".join(gpus) or "none")
+    stdout.print(f"sarm {sarm.__version__}")
+    stdout.print(facts)
+    table = Table("backend", "available", "ops", "why", box=None)
+    for name, status in sarm.ops.backend_status().items():
+        table.add_row(
+            name, "yes" if status.available else "no", ", ".join(status.ops), status.reason
+        )
+    stdout.print(table)
+
+
+@app.command("train-sae")
+def train_sae(
+    backbone: Annotated[str, typer.Argument(help="Checkpoint directory, .gguf file or hub id.")],
+    text: Annotated[str, typer.Argument(help=".txt .jsonl .jsonl.gz .json .parquet, a folder, or "
+                                             "hub:owner/name[:split].")],
+    out: Out,
+    n_latents: Annotated[int | None, typer.Option(help="Default: 16 x d_model.")] = None,
+    k: Annotated[int | None, typer.Option(help="Default: 3 d_model / 64.")] = None,
+    layer: Annotated[str, typer.Option(help='Layers kept, or "middle".')] = "middle",
+    activations: Annotated[
+        str, typer.Option(help="token, sentence, or turn-end (what a reward model scores).")
+    ] = "sentence",
+    chat: Annotated[bool, typer.Option(help="Put each text into an assistant turn.")] = False,
+    context: Annotated[int, typer.Option(help="Tokens of a document seen at once.")] = 1024,
+    max_states: Annotated[int | None, typer.Option(help="Stop after so many states.")] = None,
+    passes: Annotated[int, typer.Option(help="Times each chunk of states is learnt from.")] = 1,
+    batch_size: int = 1024,
+    lr: Annotated[float | None, typer.Option(help="Default: 2e-3 / sqrt(n_latents / 2048).")] = None,
+    standardize: Annotated[bool, typer.Option(help="Per dimension; folded on saving.")] = True,
+    text_key: Annotated[str, typer.Option(help="Field of the rows that holds the text.")] = "text",
+    seed: int = 0,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Train a TopK SAE on a backbone's residual stream; resumes when it was killed."""
+    from sarm.backbone import load_backbone, load_tokenizer
+    from sarm.data import BadRecords, read_texts
+    from sarm.training.sae import SaeTrainConfig, SaeTrainer
+
+    _threads(threads)
+    model = load_backbone(backbone, layer, dtype=_dtype(dtype))
+    d_model = model.config.hidden_size
+    config = SaeTrainConfig(
+        n_latents=n_latents or 16 * d_model,
+        k=k or max(1, 3 * d_model // 64),
+        activations=activations,
+        context=context,
+        chat=chat,
+        max_states=max_states,
+        passes=passes,
+        batch_size=batch_size,
+        lr=lr,
+        standardize=standardize,
+        seed=seed,
+    )
+    trainer = SaeTrainer(model, load_tokenizer(backbone), config, out)
+    bad = BadRecords(skip=skip_bad)
+
+    def texts():
+        bad.count = 0
+        return (body for _, body in read_texts(text, bad, text_key))
+
+    with bars() as add:
+        collect, learn = add("backbone, states", None), add("SAE, steps", None)
+
+        def on_step(metrics: dict[str, float]) -> None:
+            learn.to(metrics["step"], metrics["of"])
+            learn.note(f"normalised MSE {metrics['normalized_mse']:.4f}")
+
+        report = trainer.run(
+            texts,
+            on_survey=lambda corpus: collect.to(0, min(corpus.states, max_states or corpus.states)),
+            on_states=collect.advance,
+            on_step=on_step,
+        )
+    stdout.print(
+        f"{out}: {report.states} states from {report.tokens} tokens, {report.steps} steps, "
+        f"{report.seconds:.0f} s\n"
+        f"FVU {report.fvu:.4f} (around the mean)   normalised MSE {report.normalized_mse:.4f}   "
+        f"dead {100 * report.dead:.1f} %"
+    )
+    _report_bad(bad)
+
+
+@app.command("train-rm")
+def train_rm(
+    backbone: Annotated[str, typer.Argument(help="The backbone the SAE was trained on.")],
+    sae: Annotated[Path, typer.Argument(help="SAE folder (train-sae), SARM, or published .pt.")],
+    preferences: Annotated[str, typer.Argument(help="Preference file in one of TRL's formats.")],
+    out: Out,
+    layer: str = "middle",
+    max_length: MaxLength = 4096,
+    l2: Annotated[float | None, typer.Option(help="Default: cross-validated over prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first so many pairs.")] = None,
+    cache: Cache = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Fit the value head on preferences: states cached, convex problem solved to its optimum."""
+    import itertools
+
+    from sarm.backbone import load_backbone, load_tokenizer
+    from sarm.checkpoint import load_sae
+    from sarm.data import BadRecords, read_preferences
+    from sarm.states import StateCache
+    from sarm.tokens import ConversationEncoder
+    from sarm.training.reward import save_reward, train_reward
+
+    _threads(threads)
+    dictionary = load_sae(sae)
+    bad = BadRecords(skip=skip_bad)
+    pairs = list(itertools.islice(read_preferences(preferences, bad), limit))
+    if not pairs:
+        raise InputError(f"{preferences}: no preference pairs")
+    model, tokenizer = load_backbone(backbone, layer, dtype=_dtype(dtype)), load_tokenizer(backbone)
+    encoder = ConversationEncoder(tokenizer, max_length)
+    with StateCache(cache or out / "states.sqlite", model) as states, bars() as add:
+        bar = add("backbone, tokens", None)
+        fit = train_reward(model, dictionary, pairs, encoder, states, l2=l2, progress=bar.to)
+    save_reward(fit, tokenizer, out, {"preferences": preferences, "max_length": max_length})
+    stdout.print(f"{out}: {fit.pairs} pairs ({fit.equal} equal left out, {fit.truncated} "
+                 f"conversations cut to {max_length} tokens)")
+    table = Table("", "train accuracy", "train loss", "CV loss", "l2", "gradient", "iterations", "s",
+                  box=None)
+    for name, part in (("SARM head", fit.head), ("dense probe", fit.probe)):
+        table.add_row(name, f"{100 * part.accuracy:.1f} %", f"{part.loss:.4f}",
+                      f"{part.cv[part.l2]:.4f}" if part.cv else "-", f"{part.l2:.2g}",
+                      f"{part.gradient_norm:.1e}", str(part.iterations), f"{part.seconds:.1f}")
+    stdout.print(table)
+    _report_bad(bad)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    preferences: Annotated[list[Path] | None, typer.Option(help="Preference file(s).")] = None,
+    reward_bench_2: Annotated[list[Path] | None, typer.Option(help="RewardBench 2 file(s).")] = None,
+    rm_bench: Annotated[list[Path] | None, typer.Option(help="RM-Bench .json file(s).")] = None,
+    probe: Annotated[bool, typer.Option(help="Also judge the dense probe of train-rm.")] = False,
+    max_length: MaxLength = 4096,
+    cache: Cache = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+) -> None:
+    """Accuracy on preference files, RewardBench 2 and RM-Bench, with 95 % intervals over prompts."""
+    from dataclasses import asdict
+
+    from sarm.checkpoint import replace_file
+    from sarm.evaluation import benchmarks
+    from sarm.evaluation.run import run_benchmarks
+
+    _threads(threads)
+    suite = [benchmarks.preferences(path) for path in preferences or []]
+    suite += [benchmarks.reward_bench_2(path) for path in reward_bench_2 or []]
+    suite += [benchmarks.rm_bench(path) for path in rm_bench or []]
+    if not suite:
+        raise InputError("eval: nothing to do; pass --preferences, --reward-bench-2 or --rm-bench")
+    with bars() as add:
+        bar = add("backbone, tokens", None)
+        results = run_benchmarks(
+            model, suite, max_length=max_length, cache=cache, probe=probe, dtype=_dtype(dtype),
+            progress=bar.to,
+        )
+    table = Table("benchmark", "measure", "prompts or pairs", *results, "ties", "cut", box=None)
+    for rows in zip(*results.values(), strict=True):
+        first = rows[0]
+        for measure in first.estimates:
+            table.add_row(first.benchmark, measure, str(first.items),
+                          *(str(r.estimates[measure]) for r in rows),
+                          str(first.ties), str(first.truncated))
+    stdout.print(table)
+    if json_out:
+        with replace_file(json_out) as file:
+            json.dump({n: [asdict(r) for r in rs] for n, rs in results.items()}, file, indent=2)
+
+
+@app.command()
+def score(
+    source: Annotated[str, typer.Argument(metavar="IN.jsonl", help="Rows with `messages`, or "
+                                          "`prompt` and `completion` or `response`.")],
+    model: Model,
+    out: Out,
+    max_length: MaxLength = 4096,
+    block: Annotated[int, typer.Option(help="Rows made durable together.")] = 256,
+    overwrite: bool = False,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Score a file in order; a killed run is taken up by the same command."""
+    from sarm.data import BadRecords
+    from sarm.scorefile import score_file
+    from sarm.scorer import SARMScorer
+
+    _threads(threads)
+    scorer = SARMScorer.from_pretrained(model, dtype=_dtype(dtype), max_length=max_length)
+    bad = BadRecords(skip=skip_bad)
+    with bars() as add:
+        bar = add("rows", _count_rows(source))
+        report = score_file(scorer, source, out, bad=bad, block=block, overwrite=overwrite,
+                            progress=bar.advance)
+    stdout.print(f"{out}: {report.scored + report.resumed} rows ({report.resumed} from an earlier "
+                 f"run), {report.truncated} cut to {max_length} tokens")
+    _report_bad(bad)
+
+
+@app.command()
+def explain(
+    model: Model,
+    source: Annotated[Path | None, typer.Argument(help="File with rows as for `score`.")] = None,
+    row: Annotated[int, typer.Option(help="Which row of the file, from 0.")] = 0,
+    prompt: Annotated[str | None, typer.Option(help="Instead of a file.")] = None,
+    response: Annotated[str | None, typer.Option(help="Instead of a file.")] = None,
+    versus: Annotated[str | None, typer.Option(help="A second response to compare with.")] = None,
+    top: Annotated[int, typer.Option(help="Features listed.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    max_length: MaxLength = 4096,
+    dtype: Dtype = None,
+) -> None:
+    """A reward, feature by feature; the contributions sum to it. With --versus: a margin."""
+    from dataclasses import asdict
+
+    from sarm.interpret.attribution import compare
+    from sarm.interpret.terminal import comparison_table, explanation_table
+    from sarm.scorer import SARMScorer
+
+    conversation = _conversation(source, row, prompt, response)
+    scorer = SARMScorer.from_pretrained(model, dtype=_dtype(dtype), max_length=max_length)
+    if versus is None:
+        explanation = scorer.explain(conversation, top)
+        stdout.print_json(json.dumps(asdict(explanation))) if as_json else stdout.print(
+            explanation_table(explanation)
+        )
+        return
+    other = [*conversation[:-1], {"role": "assistant", "content": versus}]
+    comparison = compare(scorer, conversation, other, top)
+    stdout.print_json(json.dumps(asdict(comparison))) if as_json else stdout.print(
+        comparison_table(comparison)
+    )
+
+
+@app.command()
+def steer(
+    model: Model,
+    out: Out,
+    feature: Annotated[list[str], typer.Option("--feature", "-f", help="INDEX=FACTOR, repeatable.")],
+) -> None:
+    """Write a checkpoint whose head multiplies the weights of some features."""
+    from sarm.scorer import SARMScorer
+
+    profile: dict[int, float] = {}
+    for item in feature:
+        index, _, factor = item.partition("=")
+        try:
+            profile[int(index)] = float(factor)
+        except ValueError:
+            raise InputError(f"--feature must be INDEX=FACTOR, got {item!r}") from None
+    SARMScorer.from_pretrained(model).steer(profile).save_pretrained(out)
+    stdout.print(f"{out}: {len(profile)} feature weights changed")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o")] = Path("demo_out"),
+    backbone: Annotated[
+        str | None, typer.Option(help="Checkpoint directory, .gguf or hub id instead of SmolLM2.")
+    ] = None,
+    seed: int = 0,
+    threads: Threads = None,
+) -> None:
+    """The whole job on a real model in minutes: SAE, head, explanation, steering, a report."""
+    from sarm.demo.run import run_demo
+
+    _threads(threads)
+    run_demo(out, backbone=backbone, seed=seed, console=stdout)
+
+
+def _conversation(source, row: int, prompt: str | None, response: str | None) -> list[dict]:
+    import itertools
+
+    from sarm.data import read_records
+    from sarm.scorefile import to_conversation
+
+    if source is None:
+        if prompt is None or response is None:
+            raise InputError("explain: pass a file, or --prompt and --response")
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    record = next(itertools.islice(read_records(source), row, None), None)
+    if record is None:
+        raise InputError(f"{source}: has no row {row}")
+    return to_conversation(record)
+
+
+def _count_rows(source: str) -> int | None:
+    """Rows of a plain .jsonl, for the progress bar; None where counting costs a full read."""
+    path = Path(source)
+    if not (path.is_file() and path.suffix == ".jsonl"):
+        return None
+    with open(path, "rb") as lines:
+        return sum(bool(line.strip()) for line in lines)
+
+
+def _report_bad(bad) -> None:
+    if bad.count:
+        stderr.print(f"skipped {bad.count} malformed rows, the first: {bad.first}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Benchmarks for reward models: preference files, RewardBench 2, RM-Bench."""

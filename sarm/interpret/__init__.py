@@ -1,0 +1,1 @@
+"""Reading a reward: which features decided between two answers."""

@@ -1,0 +1,174 @@
+"""Scoring a file of conversations: in order, resumable, one output row for each input row.
+
+Rows are scored in blocks and appended to `OUT.partial`; a finished run renames it. A killed run is
+taken up after the last whole row, so no row is lost or written twice. `OUT.partial.json` remembers
+what the rows were made with; another model or input is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sarm.checkpoint import replace_file
+from sarm.data import BadRecords, Record, read_records
+from sarm.errors import InputError
+from sarm.scorer import SARMScorer, join_turns
+from sarm.states import fingerprint
+
+
+@dataclass(frozen=True)
+class ScoreFileReport:
+    """What one call did: rows written by it, rows found from an earlier run, cut and bad ones."""
+
+    scored: int
+    resumed: int
+    truncated: int
+    bad: int
+
+
+def score_file(
+    scorer: SARMScorer,
+    source: str | Path,
+    out: str | Path,
+    *,
+    bad: BadRecords | None = None,
+    block: int = 256,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> ScoreFileReport:
+    """Write {"row", "reward", "dropped_tokens", "id"?} for each conversation of `source`.
+
+    Input rows hold `messages`, or `prompt` with `completion` or `response`; strings or message
+    lists. `row` counts input records from 0.
+
+    Args:
+        bad: skip malformed rows and count them (they get no output row), or stop (default).
+        block: rows that are scored and made durable together.
+        progress: called with the rows done since the last call.
+    Raises:
+        InputError: malformed row (file:line); `out` exists; a partial run of something else.
+    """
+    bad = bad or BadRecords()
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise InputError(f"{out}: exists already; choose another file or pass --overwrite")
+    partial = out.with_name(out.name + ".partial")
+    note = out.with_name(out.name + ".partial.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _claim(note, partial, _identity(scorer, source))
+    resumed, next_row, truncated = _recover(partial)
+    progress(resumed)
+    scored = 0
+    with open(partial, "a", encoding="utf-8") as file:
+        for rows in _blocks(read_records(source, bad), next_row, block):
+            lines = _score_block(scorer, rows, bad)
+            truncated += sum(line["dropped_tokens"] > 0 for line in lines)
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+            scored += len(lines)
+            progress(len(rows))
+    os.replace(partial, out)
+    note.unlink()
+    return ScoreFileReport(scored, resumed, truncated, bad.count)
+
+
+def to_conversation(record: Record) -> list[dict]:
+    """The conversation of one input row."""
+    fields = record.fields
+    if isinstance(fields.get("messages"), list):
+        return fields["messages"]
+    answer = fields.get("completion", fields.get("response"))
+    if "prompt" not in fields or answer is None:
+        have = ", ".join(fields) or "nothing"
+        raise InputError(
+            f"{record.where}: expected `messages`, or `prompt` with `completion` or `response`; "
+            f"got {have}"
+        )
+    try:
+        return join_turns(fields["prompt"], answer, 0)
+    except InputError as error:
+        raise InputError(str(error).replace("item 0", record.where)) from error
+
+
+def _score_block(scorer: SARMScorer, rows: list[tuple[int, Record]], bad: BadRecords) -> list[dict]:
+    ready, encoded = [], []
+    for number, record in rows:
+        try:
+            encoded += scorer.encode([to_conversation(record)], lambda _, r=record: r.where)
+            ready.append((number, record))
+        except InputError as error:
+            bad.report(str(error))
+    rewards = scorer.score_token_ids([e.ids for e in encoded]).tolist()
+    lines = []
+    for (number, record), item, reward in zip(ready, encoded, rewards, strict=True):
+        line = {"row": number, "reward": reward, "dropped_tokens": item.dropped}
+        if "id" in record.fields:
+            line["id"] = record.fields["id"]
+        lines.append(line)
+    return lines
+
+
+def _blocks(
+    records: Iterator[Record], start: int, size: int
+) -> Iterator[list[tuple[int, Record]]]:
+    block: list[tuple[int, Record]] = []
+    for number, record in enumerate(records):
+        if number < start:
+            continue
+        block.append((number, record))
+        if len(block) == size:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _identity(scorer: SARMScorer, source: str | Path) -> dict:
+    path = Path(source)
+    size = path.stat().st_size if path.is_file() else None
+    return {
+        "model": fingerprint(scorer.model),
+        "source": str(path.resolve()) if path.exists() else str(source),
+        "bytes": size,
+        "max_length": scorer.max_length,
+    }
+
+
+def _claim(note: Path, partial: Path, identity: dict) -> None:
+    if partial.exists() and note.exists():
+        earlier = json.loads(note.read_text("utf-8"))
+        for name, value in identity.items():
+            if earlier.get(name) != value:
+                raise InputError(
+                    f"{partial}: an unfinished run with another {name} ({earlier.get(name)}, now "
+                    f"{value}); delete it to start anew"
+                )
+        return
+    partial.unlink(missing_ok=True)
+    with replace_file(note) as file:
+        json.dump(identity, file)
+
+
+def _recover(partial: Path) -> tuple[int, int, int]:
+    """(whole rows, next input row, truncated) of an unfinished file; a torn last line is cut off."""
+    if not partial.exists():
+        return 0, 0, 0
+    rows = next_row = truncated = keep = 0
+    with open(partial, "rb+") as file:
+        for line in file:
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except json.JSONDecodeError:
+                row = None
+            if row is None:
+                break
+            keep += len(line)
+            rows, next_row = rows + 1, row["row"] + 1
+            truncated += row["dropped_tokens"] > 0
+        file.truncate(keep)
+    return rows, next_row, truncated

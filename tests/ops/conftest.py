@@ -1,0 +1,54 @@
+"""What the op tests share: backends, inputs, and the one rule and table of tolerances."""
+
+import pytest
+import torch
+
+from sarm import ops
+
+# error(ours) <= 2 x error(PyTorch in the same dtype) + FLOOR x max|reference|, where errors are
+# against fp64. The floor is about one rounding of the result: PyTorch may be exact by luck.
+FLOOR = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+
+BACKENDS = ("reference", "cpu")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Run the test on one backend, chosen by name: it fails rather than falls back."""
+    reason = ops.dispatch.BACKENDS[request.param].unavailable()
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    with ops.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_no_override(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.delenv("SARM_BACKEND", raising=False)
+
+
+@pytest.fixture
+def check_error():
+    def check(ours, torchs, exact):
+        assert ours.shape == exact.shape
+        if exact.numel() == 0:
+            return
+        scale = exact.abs().max().item()
+        error = (ours.double() - exact).abs().max().item()
+        allowed = 2 * (torchs.double() - exact).abs().max().item() + FLOOR[ours.dtype] * scale
+        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}, scale {scale:.3g}"
+
+    return check
+
+
+@pytest.fixture
+def latents():
+    """(vals, idx) of N tokens with k distinct latents each."""
+
+    def make(n, k, n_latents, dtype=torch.float32):
+        vals = torch.randn(n, k, dtype=dtype)
+        idx = torch.rand(n, n_latents).argsort(dim=1)[:, :k].contiguous()
+        return vals, idx
+
+    return make
