@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import torch
 import typer
 from rich.console import Console
@@ -44,21 +43,12 @@ Cache = Annotated[
 def main() -> None:
     """Entry point of the console script."""
     try:
-        code = app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except click.exceptions.Abort:
-        code = 130
-    except KeyboardInterrupt:
-        stderr.print("interrupted; the same command takes the run up again")
-        code = 130
+        app()  # usage errors exit with 2 here
     except (InputError, OSError) as error:
         if os.environ.get("SARM_DEBUG") == "1":
             raise
         stderr.print(f"sarm: {_one_line(error)}", markup=False, soft_wrap=True)
-        code = 2
-    sys.exit(code or 0)
+        sys.exit(2)
 
 
 def _one_line(error: BaseException) -> str:

@@ -205,7 +205,7 @@ class SARMScorer:
         with torch.inference_mode():
             features, activations = self._active(states)
             output = self.model.from_states(states)
-        weights = self.model.score.weight[0, features]
+            weights = self.model.score.weight[0, features]
         values = activations.double() * weights.double()
         order = values.abs().argsort(descending=True, stable=True)
         listed = [
