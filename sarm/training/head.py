@@ -22,7 +22,7 @@ from scipy.special import expit
 
 from sarm.errors import InputError
 
-L2_GRID = tuple(float(x) for x in np.logspace(-4, 0, 9))
+L2_GRID = tuple(float(x) for x in np.logspace(-4, 1, 11))
 
 
 @dataclass(frozen=True)
