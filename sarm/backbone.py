@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -13,11 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from sarm.errors import InputError
-from sarm.weights import GgufSource, SafetensorsSource, WeightSource
+from sarm.errors import InputError, first_line
+from sarm.weights import GgufSource, SafetensorsSource, WeightSource, open_gguf
 
 #: Decoders whose layer stack, rotary embedding and final norm are laid out as in Llama.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+#: What plain weights are stored in; packed ones (int8, fp8) mean nothing without their scales.
+STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -71,18 +75,21 @@ def load_backbone(
     kept = resolve_layer(layer, full.num_hidden_layers)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = cut_config(full, kept)
-    model = build_decoder(config)
+    try:
+        model = build_decoder(config)
+    except Exception as error:  # whatever the architecture makes of, say, zero attention heads
+        raise InputError(f"{path_or_id}: the config fits no model ({first_line(error)})") from error
     names = list(model.state_dict())
     source = origin.weights(full, names)
     dtype = dtype or preferred_dtype(device, full.dtype)
     fill(model, source, dtype=dtype, device=device)
     model.config.dtype = dtype
-    model.load_report = LoadReport(
+    model.load_report = LoadReport(  # type: ignore[assignment]  # torch knows tensors and modules
         source=str(path_or_id),
         source_layers=full.num_hidden_layers,
         kept_layers=kept,
         bytes_read=source.bytes_read,
-        bytes_on_disk=origin.bytes_on_disk(),
+        bytes_on_disk=source.bytes_on_disk(),
     )
     return model.eval()
 
@@ -90,22 +97,23 @@ def load_backbone(
 def load_tokenizer(path_or_id: str | os.PathLike, *, gguf_file=None, revision=None):
     """The checkpoint's tokenizer (from its GGUF metadata when that is all there is)."""
     origin = locate(path_or_id, gguf_file=gguf_file, revision=revision)
-    kwargs = {"gguf_file": origin.gguf_file} if origin.gguf_file else {}
+    kwargs: dict[str, Any] = {"gguf_file": origin.gguf_file} if origin.gguf_file else {}
     try:
         return AutoTokenizer.from_pretrained(origin.root, revision=revision, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception on a broken file
         raise InputError(f"{path_or_id}: no usable tokenizer ({first_line(error)})") from error
 
 
 def resolve_layer(layer: int | str, n_layers: int) -> int:
     """Number of layers to keep; "middle" is n_layers // 2 (at least one)."""
-    if layer == "middle":
+    if layer == "middle" and n_layers > 0:
         return max(1, n_layers // 2)
     try:
-        kept = int(layer)
-    except ValueError:
+        # a command line gives "12"; 2.5 or True are mistakes
+        kept = int(layer) if isinstance(layer, str) else index(layer)
+    except (TypeError, ValueError):
         kept = 0
-    if not 1 <= kept <= n_layers:
+    if isinstance(layer, bool) or not 1 <= kept <= n_layers:
         raise InputError(f'layer must be "middle" or in [1, {n_layers}], got {layer!r}')
     return kept
 
@@ -114,7 +122,8 @@ def cut_config(config: PreTrainedConfig, kept: int) -> PreTrainedConfig:
     """A copy of the backbone configuration with `kept` layers; checks the architecture."""
     if config.model_type not in SUPPORTED:
         raise InputError(
-            f"unknown backbone architecture {config.model_type!r}; supported: {', '.join(SUPPORTED)}"
+            f"unknown backbone architecture {config.model_type!r}; "
+            f"supported: {', '.join(SUPPORTED)}"
         )
     cut = copy.deepcopy(config)
     cut.num_hidden_layers = kept
@@ -152,9 +161,18 @@ def fill(
                 f"{source.location(key)}: {key} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(parameter.shape)}"
             )
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{source.location(key)}: {key} holds NaN or infinite values")
+        if tensor.dtype not in STORED:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{source.location(key)}: {key} is stored as {kind}; quantised checkpoints "
+                "cannot be read, take the original one"
+            )
         state[name] = tensor.to(device=device, dtype=dtype)
+        if not torch.isfinite(state[name]).all():  # after the cast: fp16 overflows at 65504
+            kind = str(dtype).removeprefix("torch.")
+            raise InputError(
+                f"{source.location(key)}: {key} holds NaN or infinite values in {kind}"
+            )
     model.load_state_dict(state, assign=True)
     model.to(device)  # buffers
     model.requires_grad_(True)
@@ -180,35 +198,42 @@ class Origin:
     on_hub: bool
 
     def config(self) -> PreTrainedConfig:
-        kwargs = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        """The full backbone's configuration."""
+        kwargs: dict[str, Any] = {"gguf_file": self.gguf_file} if self.gguf_file else {}
         try:
             with quiet_transformers():
-                return AutoConfig.from_pretrained(self.root, revision=self.revision, **kwargs)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{self.root}: no usable config ({first_line(error)})") from error
+                config = AutoConfig.from_pretrained(self.root, revision=self.revision, **kwargs)
+        except Exception as error:  # json, hub, validation and, for GGUF, struct errors
+            if self.gguf_file and not self.on_hub:
+                open_gguf(Path(self.root, self.gguf_file))  # says so if the file is cut short
+            where = os.path.join(self.root, self.gguf_file) if self.gguf_file else self.root
+            raise InputError(f"{where}: no usable config ({first_line(error)})") from error
+        return config
 
     def weights(self, config: PreTrainedConfig, names: list[str]) -> WeightSource:
+        """Where the tensors come from."""
         if self.gguf_file:
             return GgufSource(Path(self._file(self.gguf_file)), config, names)
         if self.on_hub:
             return SafetensorsSource(Path(self.root), fetch=self._fetch)
         return SafetensorsSource(Path(self.root))
 
-    def bytes_on_disk(self) -> int:
-        """Size of the local weight files; shards that were never fetched do not count."""
-        if self.gguf_file:
-            return os.path.getsize(self._file(self.gguf_file))
-        return sum(p.stat().st_size for p in Path(self.root).glob("*.safetensors"))
-
     def _file(self, name: str) -> str:
-        return self._fetch(name, False) if self.on_hub else os.path.join(self.root, name)
+        fetched = self._fetch(name, False) if self.on_hub else None
+        return fetched or os.path.join(self.root, name)
 
     def _fetch(self, name: str, optional: bool) -> str | None:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+        )
 
         try:
             return hf_hub_download(self.root, name, revision=self.revision)
+        except LocalEntryNotFoundError as error:  # no network: the hub may well have it
+            raise InputError(f"{self.root}: cannot reach the hub for {name}") from error
         except EntryNotFoundError:
             if optional:
                 return None
@@ -240,11 +265,6 @@ def locate(path_or_id: str | os.PathLike, *, gguf_file=None, revision=None) -> O
     if looks_local or "/" not in text:
         raise FileNotFoundError(f"{text}: no such file or directory (nor a hub id, owner/name)")
     return Origin(text, gguf_file, revision, on_hub=True)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text: enough for a one-line message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class quiet_transformers:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,8 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 from sarm.errors import InputError
 from sarm.progress import bars, stderr
@@ -25,7 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reward models that explain themselves: train, score, explain, steer.",
 )
-stdout = Console(highlight=False)
+# a pipe or a file has no width: 80 columns would break tables for nothing
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="SARM checkpoint directory.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result is written.")]
@@ -42,9 +46,11 @@ Cache = Annotated[
 
 def main() -> None:
     """Entry point of the console script."""
+    transformers_logging.disable_progress_bar()  # there are bars of our own
     try:
         app()  # usage errors exit with 2 here
-    except (InputError, OSError) as error:
+    except (InputError, OSError, SafetensorError, sqlite3.Error) as error:
+        # safetensors and SQLite report a full disk with errors of their own
         if os.environ.get("SARM_DEBUG") == "1":
             raise
         stderr.print(f"sarm: {_one_line(error)}", markup=False, soft_wrap=True)
@@ -89,9 +95,13 @@ def info() -> None:
     for name in ("torch", "transformers", "accelerate", "triton", "flash-attn", "bitsandbytes"):
         facts.add_row(name, installed(name))
     facts.add_row("python", sys.version.split()[0])
-    facts.add_row("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
-    facts.add_row("bf16 on the CPU", "native" if torch.cpu._is_avx512_bf16_supported() else
-                  "emulated (fp32 is used instead)")
+    facts.add_row(
+        "CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
+    facts.add_row(
+        "bf16 on the CPU",
+        "native" if torch.cpu._is_avx512_bf16_supported() else "emulated (fp32 is used instead)",
+    )
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts.add_row("GPUs", ", ".join(gpus) or "none")
     stdout.print(f"sarm {sarm.__version__}")
@@ -107,8 +117,12 @@ def info() -> None:
 @app.command("train-sae")
 def train_sae(
     backbone: Annotated[str, typer.Argument(help="Checkpoint directory, .gguf file or hub id.")],
-    text: Annotated[str, typer.Argument(help=".txt .jsonl .jsonl.gz .json .parquet, a folder, or "
-                                             "hub:owner/name[:split].")],
+    text: Annotated[
+        str,
+        typer.Argument(
+            help=".txt .jsonl .jsonl.gz .json .parquet, a folder, or hub:owner/name[:split]."
+        ),
+    ],
     out: Out,
     n_latents: Annotated[int | None, typer.Option(help="Default: 16 x d_model.")] = None,
     k: Annotated[int | None, typer.Option(help="Default: 3 d_model / 64.")] = None,
@@ -121,7 +135,9 @@ def train_sae(
     max_states: Annotated[int | None, typer.Option(help="Stop after so many states.")] = None,
     passes: Annotated[int, typer.Option(help="Times each chunk of states is learnt from.")] = 1,
     batch_size: int = 1024,
-    lr: Annotated[float | None, typer.Option(help="Default: 2e-3 / sqrt(n_latents / 2048).")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Default: 2e-3 / sqrt(n_latents / 2048).")
+    ] = None,
     standardize: Annotated[bool, typer.Option(help="Per dimension; folded on saving.")] = True,
     text_key: Annotated[str, typer.Option(help="Field of the rows that holds the text.")] = "text",
     seed: int = 0,
@@ -138,8 +154,8 @@ def train_sae(
     model = load_backbone(backbone, layer, dtype=_dtype(dtype))
     d_model = model.config.hidden_size
     config = SaeTrainConfig(
-        n_latents=n_latents or 16 * d_model,
-        k=k or max(1, 3 * d_model // 64),
+        n_latents=16 * d_model if n_latents is None else n_latents,
+        k=max(1, 3 * d_model // 64) if k is None else k,
         activations=activations,
         context=context,
         chat=chat,
@@ -166,7 +182,7 @@ def train_sae(
 
         report = trainer.run(
             texts,
-            on_survey=lambda corpus: collect.to(0, min(corpus.states, max_states or corpus.states)),
+            on_survey=lambda corpus: collect.to(0, corpus.states),
             on_states=collect.advance,
             on_step=on_step,
         )
@@ -174,7 +190,8 @@ def train_sae(
         f"{out}: {report.states} states from {report.tokens} tokens, {report.steps} steps, "
         f"{report.seconds:.0f} s\n"
         f"FVU {report.fvu:.4f} (around the mean)   normalised MSE {report.normalized_mse:.4f}   "
-        f"dead {100 * report.dead:.1f} %"
+        f"dead {100 * report.dead:.1f} %",
+        soft_wrap=True,
     )
     _report_bad(bad)
 
@@ -188,7 +205,9 @@ def train_rm(
     layer: str = "middle",
     max_length: MaxLength = 4096,
     l2: Annotated[float | None, typer.Option(help="Default: cross-validated over prompts.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first so many pairs.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first so many pairs.")
+    ] = None,
     cache: Cache = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -202,7 +221,7 @@ def train_rm(
     from sarm.data import BadRecords, read_preferences
     from sarm.states import StateCache
     from sarm.tokens import ConversationEncoder
-    from sarm.training.reward import save_reward, train_reward
+    from sarm.training.reward import save_reward, train_reward, usable_length, usable_pairs
 
     _threads(threads)
     dictionary = load_sae(sae)
@@ -211,19 +230,33 @@ def train_rm(
     if not pairs:
         raise InputError(f"{preferences}: no preference pairs")
     model, tokenizer = load_backbone(backbone, layer, dtype=_dtype(dtype)), load_tokenizer(backbone)
+    max_length = usable_length(model.config, max_length)
     encoder = ConversationEncoder(tokenizer, max_length)
+    if skip_bad:
+        pairs = usable_pairs(pairs, encoder, bad)
     with StateCache(cache or out / "states.sqlite", model) as states, bars() as add:
         bar = add("backbone, tokens", None)
         fit = train_reward(model, dictionary, pairs, encoder, states, l2=l2, progress=bar.to)
     save_reward(fit, tokenizer, out, {"preferences": preferences, "max_length": max_length})
-    stdout.print(f"{out}: {fit.pairs} pairs ({fit.equal} equal left out, {fit.truncated} "
-                 f"conversations cut to {max_length} tokens)")
-    table = Table("", "train accuracy", "train loss", "CV loss", "l2", "gradient", "iterations", "s",
-                  box=None)
+    stdout.print(
+        f"{out}: {fit.pairs} pairs ({fit.equal} equal left out, {fit.truncated} "
+        f"conversations cut to {max_length} tokens)",
+        soft_wrap=True,
+    )
+    table = Table(
+        "", "train accuracy", "train loss", "CV loss", "l2", "gradient", "iterations", "s", box=None
+    )
     for name, part in (("SARM head", fit.head), ("dense probe", fit.probe)):
-        table.add_row(name, f"{100 * part.accuracy:.1f} %", f"{part.loss:.4f}",
-                      f"{part.cv[part.l2]:.4f}" if part.cv else "-", f"{part.l2:.2g}",
-                      f"{part.gradient_norm:.1e}", str(part.iterations), f"{part.seconds:.1f}")
+        table.add_row(
+            name,
+            f"{100 * part.accuracy:.1f} %",
+            f"{part.loss:.4f}",
+            f"{part.cv[part.l2]:.4f}" if part.cv else "-",
+            f"{part.l2:.2g}",
+            f"{part.gradient_norm:.1e}",
+            str(part.iterations),
+            f"{part.seconds:.1f}",
+        )
     stdout.print(table)
     _report_bad(bad)
 
@@ -232,7 +265,9 @@ def train_rm(
 def evaluate(
     model: Model,
     preferences: Annotated[list[Path] | None, typer.Option(help="Preference file(s).")] = None,
-    reward_bench_2: Annotated[list[Path] | None, typer.Option(help="RewardBench 2 file(s).")] = None,
+    reward_bench_2: Annotated[
+        list[Path] | None, typer.Option(help="RewardBench 2 file(s).")
+    ] = None,
     rm_bench: Annotated[list[Path] | None, typer.Option(help="RM-Bench .json file(s).")] = None,
     probe: Annotated[bool, typer.Option(help="Also judge the dense probe of train-rm.")] = False,
     max_length: MaxLength = 4096,
@@ -241,7 +276,7 @@ def evaluate(
     dtype: Dtype = None,
     threads: Threads = None,
 ) -> None:
-    """Accuracy on preference files, RewardBench 2 and RM-Bench, with 95 % intervals over prompts."""
+    """Accuracy on preferences, RewardBench 2 and RM-Bench, with 95 % intervals over prompts."""
     from dataclasses import asdict
 
     from sarm.checkpoint import replace_file
@@ -257,16 +292,26 @@ def evaluate(
     with bars() as add:
         bar = add("backbone, tokens", None)
         results = run_benchmarks(
-            model, suite, max_length=max_length, cache=cache, probe=probe, dtype=_dtype(dtype),
+            model,
+            suite,
+            max_length=max_length,
+            cache=cache,
+            probe=probe,
+            dtype=_dtype(dtype),
             progress=bar.to,
         )
     table = Table("benchmark", "measure", "prompts or pairs", *results, "ties", "cut", box=None)
     for rows in zip(*results.values(), strict=True):
         first = rows[0]
         for measure in first.estimates:
-            table.add_row(first.benchmark, measure, str(first.items),
-                          *(str(r.estimates[measure]) for r in rows),
-                          str(first.ties), str(first.truncated))
+            table.add_row(
+                first.benchmark,
+                measure,
+                str(first.items),
+                *(str(r.estimates[measure]) for r in rows),
+                str(first.ties),
+                str(first.truncated),
+            )
     stdout.print(table)
     if json_out:
         with replace_file(json_out) as file:
@@ -275,12 +320,17 @@ def evaluate(
 
 @app.command()
 def score(
-    source: Annotated[str, typer.Argument(metavar="IN.jsonl", help="Rows with `messages`, or "
-                                          "`prompt` and `completion` or `response`.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="IN.jsonl",
+            help="Rows with `messages`, or `prompt` and `completion` or `response`.",
+        ),
+    ],
     model: Model,
     out: Out,
     max_length: MaxLength = 4096,
-    block: Annotated[int, typer.Option(help="Rows made durable together.")] = 256,
+    block: Annotated[int, typer.Option(min=1, help="Rows made durable together.")] = 256,
     overwrite: bool = False,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -296,10 +346,14 @@ def score(
     bad = BadRecords(skip=skip_bad)
     with bars() as add:
         bar = add("rows", _count_rows(source))
-        report = score_file(scorer, source, out, bad=bad, block=block, overwrite=overwrite,
-                            progress=bar.advance)
-    stdout.print(f"{out}: {report.scored + report.resumed} rows ({report.resumed} from an earlier "
-                 f"run), {report.truncated} cut to {max_length} tokens")
+        report = score_file(
+            scorer, source, out, bad=bad, block=block, overwrite=overwrite, progress=bar.advance
+        )
+    stdout.print(
+        f"{out}: {report.scored + report.resumed} rows ({report.resumed} from an earlier "
+        f"run), {report.truncated} cut to {max_length} tokens",
+        soft_wrap=True,
+    )
     _report_bad(bad)
 
 
@@ -307,11 +361,11 @@ def score(
 def explain(
     model: Model,
     source: Annotated[Path | None, typer.Argument(help="File with rows as for `score`.")] = None,
-    row: Annotated[int, typer.Option(help="Which row of the file, from 0.")] = 0,
+    row: Annotated[int, typer.Option(min=0, help="Which row of the file, from 0.")] = 0,
     prompt: Annotated[str | None, typer.Option(help="Instead of a file.")] = None,
     response: Annotated[str | None, typer.Option(help="Instead of a file.")] = None,
     versus: Annotated[str | None, typer.Option(help="A second response to compare with.")] = None,
-    top: Annotated[int, typer.Option(help="Features listed.")] = 20,
+    top: Annotated[int, typer.Option(min=0, help="Features listed.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     max_length: MaxLength = 4096,
     dtype: Dtype = None,
@@ -327,22 +381,26 @@ def explain(
     scorer = SARMScorer.from_pretrained(model, dtype=_dtype(dtype), max_length=max_length)
     if versus is None:
         explanation = scorer.explain(conversation, top)
-        stdout.print_json(json.dumps(asdict(explanation))) if as_json else stdout.print(
-            explanation_table(explanation)
-        )
+        if as_json:
+            stdout.print_json(json.dumps(asdict(explanation)))
+        else:
+            stdout.print(explanation_table(explanation))
         return
     other = [*conversation[:-1], {"role": "assistant", "content": versus}]
     comparison = compare(scorer, conversation, other, top)
-    stdout.print_json(json.dumps(asdict(comparison))) if as_json else stdout.print(
-        comparison_table(comparison)
-    )
+    if as_json:
+        stdout.print_json(json.dumps({"margin": comparison.margin, **asdict(comparison)}))
+    else:
+        stdout.print(comparison_table(comparison))
 
 
 @app.command()
 def steer(
     model: Model,
     out: Out,
-    feature: Annotated[list[str], typer.Option("--feature", "-f", help="INDEX=FACTOR, repeatable.")],
+    feature: Annotated[
+        list[str], typer.Option("--feature", "-f", help="INDEX=FACTOR, repeatable.")
+    ],
 ) -> None:
     """Write a checkpoint whose head multiplies the weights of some features."""
     from sarm.scorer import SARMScorer
@@ -355,7 +413,7 @@ def steer(
         except ValueError:
             raise InputError(f"--feature must be INDEX=FACTOR, got {item!r}") from None
     SARMScorer.from_pretrained(model).steer(profile).save_pretrained(out)
-    stdout.print(f"{out}: {len(profile)} feature weights changed")
+    stdout.print(f"{out}: {len(profile)} feature weights changed", soft_wrap=True)
 
 
 @app.command()
@@ -401,7 +459,11 @@ def _count_rows(source: str) -> int | None:
 
 def _report_bad(bad) -> None:
     if bad.count:
-        stderr.print(f"skipped {bad.count} malformed rows, the first: {bad.first}", markup=False)
+        stderr.print(
+            f"skipped {bad.count} malformed rows, the first: {bad.first}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":

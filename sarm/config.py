@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from sarm.errors import InputError
 
 ACTIVATIONS = ("topk", "none")
 NORMALIZATIONS = ("token", "none")
+SAE_DTYPES = (None, "float32", "bfloat16", "float16")
 
 
 class SarmConfig(PreTrainedConfig):
@@ -20,7 +21,8 @@ class SarmConfig(PreTrainedConfig):
     - source_layer: number of decoder layers kept;
     - n_latents, k: width of the SAE and active latents per token;
     - activation: "topk", or "none" for a SARM whose reward is linear in all latents;
-    - normalization: "token" (per-token mean and unbiased std, eps 1e-6) or "none".
+    - normalization: "token" (per-token mean and unbiased std, eps 1e-6) or "none";
+    - sae_dtype: "float32" etc. where the SAE's weights are not in the backbone's dtype, else None.
 
     The published `sarm_param` section (arXiv 2508.08746) is read as well.
     """
@@ -28,9 +30,12 @@ class SarmConfig(PreTrainedConfig):
     model_type = "sarm"
 
     def __init__(self, sarm: dict | None = None, **kwargs) -> None:
-        kwargs.setdefault("num_labels", 1)
-        kwargs.setdefault("problem_type", "regression" if kwargs["num_labels"] == 1 else None)
+        if not kwargs.get("id2label"):
+            kwargs.setdefault("num_labels", 1)
+        kwargs.setdefault("problem_type", "regression")
         super().__init__(**kwargs)
+        if sarm is not None and not isinstance(sarm, dict):
+            raise InputError(f"config: sarm must be an object, got {type(sarm).__name__}")
         self.sarm = dict(sarm or {})
         if self.sarm:
             self._check()
@@ -39,15 +44,26 @@ class SarmConfig(PreTrainedConfig):
         section = self.sarm
         section.setdefault("activation", "topk")
         section.setdefault("normalization", "token")
+        section.setdefault("sae_dtype", None)
         for name in ("backbone_type", "source_layer", "n_latents", "k"):
             if name not in section:
                 raise InputError(f"config: sarm.{name} is missing")
+        for name in ("source_layer", "n_latents", "k"):
+            value = section[name]
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"config: sarm.{name} must be a positive integer, got {value!r}")
         n_latents, k = section["n_latents"], section["k"]
         if not 1 <= k <= n_latents:
             raise InputError(f"config: sarm.k must be in [1, n_latents={n_latents}], got {k}")
-        for name, allowed in (("activation", ACTIVATIONS), ("normalization", NORMALIZATIONS)):
+        for name, allowed in (
+            ("activation", ACTIVATIONS),
+            ("normalization", NORMALIZATIONS),
+            ("sae_dtype", SAE_DTYPES),
+        ):
             if section[name] not in allowed:
-                raise InputError(f"config: sarm.{name} must be one of {allowed}, got {section[name]!r}")
+                raise InputError(
+                    f"config: sarm.{name} must be one of {allowed}, got {section[name]!r}"
+                )
 
     @classmethod
     def from_backbone(cls, backbone: PreTrainedConfig, **section) -> SarmConfig:
@@ -66,7 +82,9 @@ class SarmConfig(PreTrainedConfig):
         """As in transformers; a published `sarm_param` section becomes a `sarm` section."""
         if "sarm" not in config_dict and "sarm_param" not in config_dict:
             kind = config_dict.get("model_type")
-            raise InputError(f"config: no `sarm` section (model_type {kind!r}): not a SARM checkpoint")
+            raise InputError(
+                f"config: no `sarm` section (model_type {kind!r}): not a SARM checkpoint"
+            )
         if "sarm" not in config_dict:
             config_dict = _from_published(config_dict)
         return super().from_dict(config_dict, **kwargs)
@@ -78,7 +96,14 @@ class SarmConfig(PreTrainedConfig):
             fields.pop(name, None)
         for name in ("id2label", "label2id", "problem_type"):
             fields.pop(name, None)
-        return AutoConfig.for_model(self.sarm["backbone_type"], **fields)
+        return _backbone_class(self.sarm["backbone_type"])(**fields)
+
+
+def _backbone_class(backbone_type: str) -> type[PreTrainedConfig]:
+    try:
+        return CONFIG_MAPPING[backbone_type]
+    except KeyError:
+        raise InputError(f"config: unknown backbone type {backbone_type!r}") from None
 
 
 def _from_published(config_dict: dict) -> dict:
@@ -88,12 +113,18 @@ def _from_published(config_dict: dict) -> dict:
     try:
         layer = int(published["sae_source_layer"])
         n_latents, k = int(published["sae_latent_size"]), int(published["sae_k"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"config: sarm_param has no usable {error}") from error
+    except KeyError as error:
+        raise InputError(f"config: sarm_param.{error.args[0]} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config: sarm_param is not usable ({error})") from error
     use_topk = published.get("sarm_use_activation", True)
     backbone_type = fields.pop("model_type", "llama")
     fields.pop("architectures", None)
     fields.pop("auto_map", None)  # never remote code
+    # the backbone's own class brings old spellings (rope_theta, rope_scaling) up to date
+    fields = _backbone_class(backbone_type)(**fields).to_dict()
+    for name in ("model_type", "transformers_version", "id2label", "label2id", "problem_type"):
+        fields.pop(name, None)
     fields["num_hidden_layers"] = layer
     if fields.get("layer_types"):
         fields["layer_types"] = fields["layer_types"][:layer]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sarm.errors import InputError
+from sarm.errors import InputError, first_line
 from sarm.tokens import Message
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -26,6 +27,7 @@ class BadRecords:
     first: str | None = None
 
     def report(self, problem: str) -> None:
+        """Raise, or count a problem."""
         if not self.skip:
             raise InputError(problem)
         self.count += 1
@@ -79,7 +81,7 @@ def read_records(source: str | Path, bad: BadRecords | None = None) -> Iterator[
     if path.name.endswith(".parquet"):
         yield from _read_parquet(path)
     elif path.name.endswith(".json"):
-        yield from _read_json(path)
+        yield from _read_json(path, bad)
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
         yield from _read_jsonl(path, bad)
     elif path.name.endswith(".txt"):
@@ -101,14 +103,13 @@ def read_texts(
             yield record.where, text
 
 
-def read_preferences(
-    source: str | Path, bad: BadRecords | None = None
-) -> Iterator[PreferencePair]:
+def read_preferences(source: str | Path, bad: BadRecords | None = None) -> Iterator[PreferencePair]:
     """Preference pairs in TRL's formats: conversational or plain, with or without `prompt`.
 
-    With message lists, chosen and rejected are the answers to `prompt`, or, without a prompt,
-    whole conversations. Plain strings become a user message and an assistant message; without a
-    prompt their longest common prefix (cut back to a space) is the prompt, as in TRL.
+    With message lists, chosen and rejected are the answers to `prompt`, or whole conversations
+    (without a prompt, or both beginning with it). Plain strings become a user message and an
+    assistant message; without a prompt their longest common prefix, cut back to a space, is the
+    prompt.
     """
     bad = bad or BadRecords()
     for record in read_records(source, bad):
@@ -125,7 +126,14 @@ def to_pair(record: Record) -> PreferencePair:
     if missing:
         raise InputError(f"{record.where}: field {missing[0]!r} is missing, got {_kinds(record)}")
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str):
+    for name in ("chosen", "rejected"):
+        if not isinstance(row[name], (str, list)):
+            raise InputError(f"{record.where}: {name} must be a string or a list of messages")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise InputError(
+            f"{record.where}: chosen and rejected must both be strings or both lists of messages"
+        )
+    if isinstance(chosen, str):
         if prompt is None:
             prompt = _common_prefix(chosen, rejected)
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
@@ -137,14 +145,29 @@ def to_pair(record: Record) -> PreferencePair:
     for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
             raise InputError(f"{record.where}: {name} must be a string or a list of messages")
+        for i, message in enumerate(value):
+            if "role" not in message or "content" not in message:
+                got = ", ".join(map(str, message)) or "nothing"
+                raise InputError(
+                    f"{record.where}: {name}, message {i}: expected role and content, got {got}"
+                )
     if not chosen or not rejected:
         raise InputError(f"{record.where}: empty conversation")
+    if prompt and _begins(chosen, prompt) and _begins(rejected, prompt):
+        prompt = []  # whole conversations beside their prompt, as in UltraFeedback
     extra = {k: v for k, v in row.items() if k not in ("prompt", "chosen", "rejected")}
     return PreferencePair([*prompt, *chosen], [*prompt, *rejected], record.where, extra)
 
 
+def _begins(conversation: list[Message], prompt: list[Message]) -> bool:
+    start = conversation[: len(prompt)]
+    key = [(m["role"], m["content"]) for m in prompt]
+    return len(conversation) > len(prompt) and [(m["role"], m["content"]) for m in start] == key
+
+
 def _common_prefix(a: str, b: str) -> str:
-    end = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    pairs = enumerate(zip(a, b, strict=False))
+    end = next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
     return a[: a.rfind(" ", 0, end) + 1] if end < max(len(a), len(b)) else a[:end]
 
 
@@ -156,16 +179,16 @@ def _read_jsonl(path: Path, bad: BadRecords) -> Iterator[Record]:
             number += 1
             try:
                 line = lines.readline()
-            except (EOFError, OSError) as error:  # gzip: a cut file, a wrong checksum
+            except (EOFError, OSError, zlib.error) as error:  # gzip: cut, or damaged
                 raise InputError(f"{path}:{number}: cannot read on ({error})") from error
             if not line:
                 return
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                bad.report(f"{path}:{number}: malformed JSON ({error})")
+                fields = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                bad.report(f"{path}:{number}: malformed JSON ({first_line(error)})")
                 continue
             if not isinstance(fields, dict):
                 bad.report(f"{path}:{number}: expected an object, got {type(fields).__name__}")
@@ -173,15 +196,18 @@ def _read_jsonl(path: Path, bad: BadRecords) -> Iterator[Record]:
             yield Record(f"{path}:{number}", fields)
 
 
-def _read_json(path: Path) -> Iterator[Record]:
+def _read_json(path: Path, bad: BadRecords) -> Iterator[Record]:
     try:
-        rows = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: malformed JSON ({error})") from error
-    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-        raise InputError(f"{path}: expected a list of objects")
+        rows = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: malformed JSON ({first_line(error)})") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a list of objects, got {type(rows).__name__}")
     for i, row in enumerate(rows):
-        yield Record(f"{path}[{i}]", row)
+        if isinstance(row, dict):
+            yield Record(f"{path}[{i}]", row)
+        else:
+            bad.report(f"{path}[{i}]: expected an object, got {type(row).__name__}")
 
 
 def _read_txt(path: Path, bad: BadRecords) -> Iterator[Record]:
@@ -191,7 +217,7 @@ def _read_txt(path: Path, bad: BadRecords) -> Iterator[Record]:
     with open(path, "rb") as lines:
         for number, raw in enumerate(lines, 1):
             try:
-                line = raw.decode("utf-8")
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 bad.report(f"{path}:{number}: not UTF-8 ({error.reason})")
                 continue
@@ -226,14 +252,14 @@ def _read_hub(text: str) -> Iterator[Record]:
         import datasets
     except ImportError as error:
         raise InputError(f"{text}: needs datasets: pip install 'sarm[data]'") from error
-    _, name, *split = text.split(":")
-    split = split[0] if split else "train"
+    _, name, *rest = text.split(":", 2)
+    split = rest[0] if rest else "train"
     try:
         rows = datasets.load_dataset(name, split=split, streaming=True)
         for i, row in enumerate(rows):
             yield Record(f"{name}:{split}[{i}]", row)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{text}: cannot load ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # the hub, the network, the file formats
+        raise InputError(f"{text}: cannot load ({first_line(error)})") from error
 
 
 def _kinds(record: Record) -> str:

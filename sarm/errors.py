@@ -8,3 +8,8 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text: enough for a one-line message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,9 +1,13 @@
-"""The model: cut backbone -> TopK SAE on the scored token -> linear head over the active latents."""
+"""The model: cut backbone -> TopK SAE on the scored token -> linear head on the active latents."""
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +20,10 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from sarm import ops
-from sarm.backbone import cut_config, first_line, preferred_dtype, quiet_transformers
+from sarm.backbone import cut_config, preferred_dtype, quiet_transformers
 from sarm.checkpoint import replace_files
 from sarm.config import SarmConfig
-from sarm.errors import InputError
-from sarm.ops import SparseLatents
+from sarm.errors import InputError, first_line
 from sarm.packing import last_state
 from sarm.sae import TopKSAE
 
@@ -52,9 +55,13 @@ class SarmForSequenceClassification(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _keep_in_fp32_modules_strict = ("score", "sae.pre_bias", "sae.latent_bias")
+    _keep_in_fp32_modules_strict = ["score", "sae.pre_bias", "sae.latent_bias"]  # noqa: RUF012
     # the published files carry the final norm that the formula does not use
-    _keys_to_ignore_on_load_unexpected = (r"^model\.norm\.", r"^lm_head\.", r"rotary_emb\.inv_freq")
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^model\.norm\.",
+        r"^lm_head\.",
+        r"rotary_emb\.inv_freq",
+    ]
 
     def __init__(self, config: SarmConfig) -> None:
         super().__init__(config)
@@ -73,8 +80,10 @@ class SarmForSequenceClassification(PreTrainedModel):
             normalization=config.sarm["normalization"],
             dtype=torch.get_default_dtype(),  # transformers sets it to the requested dtype
         )
+        if config.sarm["sae_dtype"] == "float32":  # beside a 16-bit backbone
+            self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, "sae"]
         self.score = nn.Linear(
-            config.sarm["n_latents"], config.num_labels, bias=False, dtype=torch.float32
+            config.sarm["n_latents"], config.num_labels or 1, bias=False, dtype=torch.float32
         )
         self.post_init()
 
@@ -91,12 +100,14 @@ class SarmForSequenceClassification(PreTrainedModel):
             raise InputError(
                 f"head must have shape (P, n_latents={sae.n_latents}), got {tuple(head.shape)}"
             )
+        sae_dtype = sae.encoder.weight.dtype
         config = SarmConfig.from_backbone(
             backbone.config,
             n_latents=sae.n_latents,
             k=sae.k,
             activation=activation,
             normalization=sae.normalization,
+            sae_dtype=None if sae_dtype == backbone.dtype else str(sae_dtype).split(".")[-1],
         )
         config.num_labels = head.shape[0]
         config.dtype = backbone.dtype
@@ -115,55 +126,90 @@ class SarmForSequenceClassification(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, path_or_id, *model_args, **kwargs):
+    def from_pretrained(cls, path_or_id, *model_args, **kwargs):  # type: ignore[override]
         """Load our layout or the published one; as in transformers, but a bad file is an error.
 
         Missing tensors, wrong shapes and non-finite values raise InputError instead of leaving
-        random weights behind. No remote code is ever run. dtype: None keeps the checkpoint's, but
-        fp32 on a CPU that would emulate bf16.
+        random weights behind; layers beyond the cut are passed over. No remote code is ever run.
+        dtype: None keeps the checkpoint's (of the backbone and of the SAE), but fp32 on a CPU that
+        would emulate bf16.
         """
         text = os.fspath(path_or_id)
         looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1
-        if looks_local and not os.path.isdir(text):
+        if looks_local and not os.path.isdir(os.path.expanduser(text)):
             raise FileNotFoundError(f"{text}: no such checkpoint directory")
-        kwargs.pop("trust_remote_code", None)
+        text = os.path.expanduser(text) if looks_local else text
+        for name in ("trust_remote_code", "ignore_mismatched_sizes"):
+            kwargs.pop(name, None)
         config = kwargs.pop("config", None)
         kwargs.pop("num_labels", None)  # one reward per row of the head, whatever is asked for
         with_info = kwargs.pop("output_loading_info", False)
+        asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        asked = None if asked == "auto" else asked
+        place = torch.device("cuda" if kwargs.get("device_map") else "cpu")
         try:
             with quiet_transformers():
+                if looks_local and not os.path.isfile(os.path.join(text, "config.json")):
+                    raise InputError("no config.json, not a checkpoint")
                 if not isinstance(config, SarmConfig):
-                    config = SarmConfig.from_pretrained(text, revision=kwargs.get("revision"))
-                if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-                    on_cpu = not kwargs.get("device_map")
-                    device = torch.device("cpu" if on_cpu else "cuda")
-                    kwargs["dtype"] = preferred_dtype(device, config.dtype)
-                model, info = super().from_pretrained(
-                    text, *model_args, config=config, output_loading_info=True, **kwargs
+                    hub = {"revision": kwargs["revision"]} if kwargs.get("revision") else {}
+                    config = SarmConfig.from_pretrained(text, **hub)
+                config = copy.deepcopy(config)
+                if not config.sarm:
+                    raise InputError("config: the `sarm` section is empty")
+                if asked is not None:  # for backbone and SAE alike
+                    config.sarm["sae_dtype"] = None
+                kwargs["dtype"] = asked or preferred_dtype(place, config.dtype)
+                loaded: Any = super().from_pretrained(
+                    text,
+                    *model_args,
+                    config=config,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # reported below, by name
+                    **kwargs,
                 )
-        except InputError:
-            raise
+        except InputError as error:
+            raise InputError(f"{text}: {error}") from error
         except Exception as error:  # safetensors, hub, json and shape errors of every kind
             raise InputError(f"{text}: cannot load the checkpoint ({first_line(error)})") from error
+        model, info = loaded
         if info["mismatched_keys"]:
             name, got, expected = sorted(info["mismatched_keys"])[0]
             raise InputError(f"{text}: {name} has shape {tuple(got)}, expected {tuple(expected)}")
         for kind in ("missing_keys", "unexpected_keys"):
-            if info[kind]:
-                names = sorted(info[kind])
-                raise InputError(f"{text}: {kind.replace('_keys', '')} tensor {names[0]} "
-                                 f"({len(names)} in all)")
+            names = sorted(n for n in info[kind] if not model._is_dropped(n))
+            if names:
+                raise InputError(
+                    f"{text}: {kind.replace('_keys', '')} tensor {names[0]} ({len(names)} in all)"
+                )
         for name, tensor in model.state_dict().items():
             if not torch.isfinite(tensor).all():
                 raise InputError(f"{text}: {name} holds NaN or infinite values")
+        model._restore_sae_dtype()
         model.sae.lay_out_by_latent()
         return (model, info) if with_info else model
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def _is_dropped(self, name: str) -> bool:
+        """Whether a tensor belongs to a layer beyond the cut (files of an uncut backbone)."""
+        found = re.match(r"model\.layers\.(\d+)\.", name)
+        return found is not None and int(found.group(1)) >= self.config.sarm["source_layer"]
+
+    def _restore_sae_dtype(self) -> None:
+        """Give a 16-bit SAE beside an fp32 backbone its dtype back: the values are the same."""
+        wanted = self.config.sarm["sae_dtype"]
+        if wanted is None:
+            return
+        dtype = preferred_dtype(self.device, getattr(torch, wanted))
+        for linear in (self.sae.encoder, self.sae.decoder):
+            linear.weight.data = linear.weight.data.to(dtype)
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As in transformers, but all files are written aside first and then moved into place."""
         self.config.architectures = [type(self).__name__]
+        if kwargs.get("push_to_hub"):  # else it would be named after the staging folder
+            kwargs.setdefault("repo_id", Path(save_directory).name)
         with replace_files(save_directory) as staging:
-            super().save_pretrained(staging, **kwargs)
+            super().save_pretrained(staging, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's token embedding."""
@@ -191,19 +237,20 @@ class SarmForSequenceClassification(PreTrainedModel):
     def from_states(self, states: Tensor, labels: Tensor | None = None) -> SarmOutput:
         """Rewards of scored-token states (B, d_model), the backbone's output."""
         if self.config.sarm["activation"] == "topk":
-            latents = self.sae.encode(states)
-            rewards = ops.sparse_value(latents.vals, latents.idx, self.score.weight.float())
+            vals, idx = self.sae.encode(states)
+            rewards = ops.sparse_value(vals, idx, self.score.weight.float())
+            active = {"latents": vals, "indices": idx}
         else:
-            latents = SparseLatents(None, None)
+            active = {}
             direction, offset = self.folded()
             rewards = self.sae.normalize(states) @ direction.t() + offset
         loss = None
         if labels is not None:
             loss = nn.functional.mse_loss(rewards, labels.float().view_as(rewards))
-        return SarmOutput(loss=loss, logits=rewards, latents=latents.vals, indices=latents.idx)
+        return SarmOutput(loss=loss, logits=rewards, **active)
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """(P, d_model) and (P,): without TopK the reward is linear, r = (W_enc^T w)(x - b_pre) + w b_lat.
+        """(P, d_model) and (P,): without TopK r = (W_enc^T w)(x - b_pre) + w b_lat, linear in x.
 
         Cost O(P d_model) a token instead of O(n_latents d_model).
         """
@@ -218,11 +265,14 @@ def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tenso
     if input_ids.ndim != 2:
         raise InputError(f"input_ids must have shape (B, T), got {tuple(input_ids.shape)}")
     rows, width = input_ids.shape
+    if rows and not width:
+        raise InputError(f"input_ids must hold at least one token a row, got {(rows, width)}")
     if attention_mask is None:
         return input_ids, torch.full((rows,), width, device=input_ids.device)
     if attention_mask.shape != input_ids.shape:
         raise InputError(
-            f"attention_mask must have shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+            f"attention_mask must have shape {tuple(input_ids.shape)}, "
+            f"got {tuple(attention_mask.shape)}"
         )
     keep = attention_mask != 0
     lengths = keep.sum(1)
@@ -235,4 +285,6 @@ def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tenso
 
 
 AutoConfig.register("sarm", SarmConfig, exist_ok=True)
-AutoModelForSequenceClassification.register(SarmConfig, SarmForSequenceClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    SarmConfig, SarmForSequenceClassification, exist_ok=True
+)

@@ -6,6 +6,7 @@ token and no mask is needed: PyTorch keeps its fast causal path. Identical seque
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -44,6 +45,8 @@ def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 
 def last_state(backbone, ids: Tensor, lengths: Tensor) -> Tensor:
     """(B, d_model) residual stream at the last real token of right-padded ids (B, T)."""
+    if len(ids) == 0:  # transformers' attention cannot reshape an empty batch
+        return torch.empty(0, backbone.config.hidden_size, dtype=backbone.dtype, device=ids.device)
     hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
     return hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
 
@@ -76,10 +79,14 @@ def iter_last_states(
 
 
 def check_ids(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Every row is non-empty and within the vocabulary, or InputError."""
+    """Every row is non-empty and of integers within the vocabulary, or InputError."""
     for i, row in enumerate(rows):
         if len(row) == 0:
             raise InputError(f"sequence {i}: no tokens")
+        try:
+            array("q", row)
+        except (TypeError, OverflowError) as error:
+            raise InputError(f"sequence {i}: token ids must be integers ({error})") from error
         low, high = min(row), max(row)
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high

@@ -24,11 +24,11 @@ class Bar:
     def __init__(self, progress: Progress, task) -> None:
         self._progress, self._task = progress, task
 
-    def to(self, done: int, total: int | None = None) -> None:
+    def to(self, done: float, total: float | None = None) -> None:
         """Set how much is done, and perhaps of how much."""
         self._progress.update(self._task, completed=done, total=total)
 
-    def advance(self, by: int) -> None:
+    def advance(self, by: float) -> None:
         """Add to what is done."""
         self._progress.advance(self._task, by)
 
@@ -39,7 +39,7 @@ class Bar:
 
 @contextlib.contextmanager
 def bars() -> Iterator[Callable[[str, int | None], Bar]]:
-    """Yields a function that adds a bar: `bar = add("scoring", total)`."""
+    """Yields a function that adds a bar, shown on a terminal: `bar = add("scoring", total)`."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -48,8 +48,11 @@ def bars() -> Iterator[Callable[[str, int | None], Bar]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=stderr,
+        disable=not stderr.is_terminal,  # a log or a pipe gets messages only
     )
+
+    def add(title: str, total: int | None = None) -> Bar:
+        return Bar(progress, progress.add_task(title, total=total, note=""))
+
     with progress:
-        yield lambda title, total=None: Bar(
-            progress, progress.add_task(title, total=total, note="")
-        )
+        yield add

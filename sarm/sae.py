@@ -44,16 +44,17 @@ class TopKSAE(nn.Module):
         if not 1 <= k <= n_latents:
             raise InputError(f"TopKSAE: k must be in [1, n_latents={n_latents}], got {k}")
         if normalization not in ("token", "none"):
-            raise InputError(f'TopKSAE: normalization must be "token" or "none", got {normalization!r}')
+            raise InputError(
+                f'TopKSAE: normalization must be "token" or "none", got {normalization!r}'
+            )
         self.d_model, self.n_latents, self.k = d_model, n_latents, k
         self.normalization = normalization
-        weight = {"device": device, "dtype": dtype}
-        bias = {"device": device, "dtype": torch.float32}
-        self.pre_bias = nn.Parameter(torch.zeros(d_model, **bias))
-        self.latent_bias = nn.Parameter(torch.zeros(n_latents, **bias))
-        self.encoder = nn.Linear(d_model, n_latents, bias=False, **weight)
-        self.decoder = nn.Linear(n_latents, d_model, bias=False, **weight)
-        self.decoder.weight = nn.Parameter(torch.empty(n_latents, d_model, **weight).t())
+        self.pre_bias = nn.Parameter(torch.zeros(d_model, device=device, dtype=torch.float32))
+        self.latent_bias = nn.Parameter(torch.zeros(n_latents, device=device, dtype=torch.float32))
+        self.encoder = nn.Linear(d_model, n_latents, bias=False, device=device, dtype=dtype)
+        self.decoder = nn.Linear(n_latents, d_model, bias=False, device=device, dtype=dtype)
+        by_latent = torch.empty(n_latents, d_model, device=device, dtype=dtype)
+        self.decoder.weight = nn.Parameter(by_latent.t())
         self.reset_parameters()
 
     def extra_repr(self) -> str:
@@ -84,7 +85,7 @@ class TopKSAE(nn.Module):
     def normalize(self, h: Tensor) -> Tensor:
         """(N, d_model) fp32: what the SAE sees of raw residual states h (N, d_model)."""
         h = h if h.dtype == torch.float64 else h.float()
-        if self.normalization == "none":
+        if self.normalization == "none" or h.numel() == 0:
             return h
         return normalize_tokens(h)
 
@@ -96,7 +97,8 @@ class TopKSAE(nn.Module):
         """As `encode`, for x (N, d_model) that `normalize` returned; `k` overrides the SAE's."""
         w_enc = self.encoder.weight
         bias = self.latent_bias if w_enc.dtype == torch.float64 else self.latent_bias.float()
-        return ops.topk_encode((x - self.pre_bias).to(w_enc.dtype), w_enc, bias, k or self.k)
+        k = self.k if k is None else k
+        return ops.topk_encode((x - self.pre_bias).to(w_enc.dtype), w_enc, bias, k)
 
     def decode(self, latents: SparseLatents) -> Tensor:
         """(N, d_model) fp32 reconstruction, in normalised coordinates, of sparse latents."""

@@ -7,6 +7,8 @@ what the rows were made with; another model or input is refused.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -43,7 +45,7 @@ def score_file(
     """Write {"row", "reward", "dropped_tokens", "id"?} for each conversation of `source`.
 
     Input rows hold `messages`, or `prompt` with `completion` or `response`; strings or message
-    lists. `row` counts input records from 0.
+    lists. `row` counts input records from 0, malformed ones and not blank lines included.
 
     Args:
         bad: skip malformed rows and count them (they get no output row), or stop (default).
@@ -51,9 +53,12 @@ def score_file(
         progress: called with the rows done since the last call.
     Raises:
         InputError: malformed row (file:line); `out` exists; a partial run of something else.
+        FileNotFoundError: no input.  Nothing is left behind when no row was done.
     """
     bad = bad or BadRecords()
     out = Path(out)
+    if block < 1:
+        raise InputError(f"block must be at least 1, got {block}")
     if out.exists() and not overwrite:
         raise InputError(f"{out}: exists already; choose another file or pass --overwrite")
     partial = out.with_name(out.name + ".partial")
@@ -63,15 +68,23 @@ def score_file(
     resumed, next_row, truncated = _recover(partial)
     progress(resumed)
     scored = 0
-    with open(partial, "a", encoding="utf-8") as file:
-        for rows in _blocks(read_records(source, bad), next_row, block):
-            lines = _score_block(scorer, rows, bad)
-            truncated += sum(line["dropped_tokens"] > 0 for line in lines)
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-            scored += len(lines)
-            progress(len(rows))
+    records = _numbered(read_records(source, bad), bad)
+    try:
+        records = _skip_done(records, next_row, resumed, bad)
+        with open(partial, "a", encoding="utf-8") as file:
+            for rows in _blocks(records, block):
+                lines = _score_block(scorer, rows, bad)
+                truncated += sum(line["dropped_tokens"] > 0 for line in lines)
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+                scored += len(lines)
+                progress(len(rows))
+    except BaseException:
+        if not partial.exists() or not partial.stat().st_size:  # nothing that could be resumed
+            partial.unlink(missing_ok=True)
+            note.unlink(missing_ok=True)
+        raise
     os.replace(partial, out)
     note.unlink()
     return ScoreFileReport(scored, resumed, truncated, bad.count)
@@ -99,12 +112,12 @@ def _score_block(scorer: SARMScorer, rows: list[tuple[int, Record]], bad: BadRec
     ready, encoded = [], []
     for number, record in rows:
         try:
-            encoded += scorer.encode([to_conversation(record)], lambda _, r=record: r.where)
+            encoded += scorer.encode([to_conversation(record)], lambda _: record.where)  # noqa: B023
             ready.append((number, record))
         except InputError as error:
             bad.report(str(error))
     rewards = scorer.score_token_ids([e.ids for e in encoded]).tolist()
-    lines = []
+    lines: list[dict] = []
     for (number, record), item, reward in zip(ready, encoded, rewards, strict=True):
         line = {"row": number, "reward": reward, "dropped_tokens": item.dropped}
         if "id" in record.fields:
@@ -113,30 +126,56 @@ def _score_block(scorer: SARMScorer, rows: list[tuple[int, Record]], bad: BadRec
     return lines
 
 
-def _blocks(
-    records: Iterator[Record], start: int, size: int
-) -> Iterator[list[tuple[int, Record]]]:
-    block: list[tuple[int, Record]] = []
-    for number, record in enumerate(records):
-        if number < start:
-            continue
-        block.append((number, record))
-        if len(block) == size:
-            yield block
-            block = []
-    if block:
+def _numbered(records: Iterator[Record], bad: BadRecords) -> Iterator[tuple[int, Record]]:
+    """Each record with its place among all of them; what the reader skips has a place as well."""
+    number = 0
+    while True:
+        before = bad.count
+        record = next(records, None)
+        number += bad.count - before
+        if record is None:
+            return
+        yield number, record
+        number += 1
+
+
+def _skip_done(
+    records: Iterator[tuple[int, Record]], start: int, written: int, bad: BadRecords
+) -> Iterator[tuple[int, Record]]:
+    """The records from number `start` on; those before it without a row were bad."""
+    passed = 0
+    for number, record in records:
+        if number >= start:
+            records = itertools.chain([(number, record)], records)
+            break
+        passed += 1
+    if passed > written:
+        bad.count += passed - written
+        bad.first = bad.first or "in the earlier run"
+    return records
+
+
+def _blocks(records: Iterator[tuple[int, Record]], size: int) -> Iterator[list[tuple[int, Record]]]:
+    while block := list(itertools.islice(records, size)):
         yield block
 
 
 def _identity(scorer: SARMScorer, source: str | Path) -> dict:
     path = Path(source)
-    size = path.stat().st_size if path.is_file() else None
     return {
         "model": fingerprint(scorer.model),
-        "source": str(path.resolve()) if path.exists() else str(source),
-        "bytes": size,
+        "input": sha256(path) if path.is_file() else str(source),
         "max_length": scorer.max_length,
     }
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _claim(note: Path, partial: Path, identity: dict) -> None:
@@ -155,7 +194,7 @@ def _claim(note: Path, partial: Path, identity: dict) -> None:
 
 
 def _recover(partial: Path) -> tuple[int, int, int]:
-    """(whole rows, next input row, truncated) of an unfinished file; a torn last line is cut off."""
+    """(whole rows, next input row, truncated) of an unfinished file; cuts a torn last line."""
     if not partial.exists():
         return 0, 0, 0
     rows = next_row = truncated = keep = 0

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sarm import ops
 from sarm.backbone import load_tokenizer
+from sarm.checkpoint import replace_files
 from sarm.errors import InputError
 from sarm.modeling import SarmForSequenceClassification
 from sarm.packing import iter_last_states
@@ -54,6 +58,7 @@ class ScoreReport:
 
     @property
     def n_truncated(self) -> int:
+        """Conversations that were cut."""
         return sum(d > 0 for d in self.dropped)
 
 
@@ -114,7 +119,10 @@ class SARMScorer:
         model = SarmForSequenceClassification.from_pretrained(
             path_or_id, dtype=dtype, revision=revision
         )
-        tokenizer = load_tokenizer(path_or_id, revision=revision)
+        folder = Path(path_or_id).expanduser()
+        tokenizer = None  # a SARM saved without one scores token ids
+        if not folder.is_dir() or any(folder.glob("*token*")):
+            tokenizer = load_tokenizer(path_or_id, revision=revision)
         return cls(
             model.to(device), tokenizer, max_length=max_length, max_batch_tokens=max_batch_tokens
         )
@@ -126,7 +134,7 @@ class SARMScorer:
         conversations: Sequence[Conversation],
         where: Callable[[int], str] = lambda i: f"conversation {i}",
     ) -> list[Encoded]:
-        """Token ids as `score` sees them, and how many tokens were cut; see `ConversationEncoder`."""
+        """Token ids as `score` sees them, and what was cut; see `ConversationEncoder`."""
         if self._encoder is None:
             raise InputError("this scorer has no tokenizer: use score_token_ids")
         return self._encoder.encode(conversations, where)
@@ -135,17 +143,20 @@ class SARMScorer:
         self,
         conversations: Sequence[Conversation],
         *,
+        where: Callable[[int], str] = lambda i: f"conversation {i}",
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """(N,) fp32 rewards of chat-message lists, in order; `self.report` says what was cut.
+
+        `where` names item i in an error message.
 
         Raises:
             InputError: names the first conversation that is empty, malformed or refused by the
             chat template, or whose reward is not finite.
         """
-        encoded = self.encode(conversations)
+        encoded = self.encode(conversations, where)
         self.report = ScoreReport([e.dropped for e in encoded])
-        return self.score_token_ids([e.ids for e in encoded], progress=progress)
+        return self._score([e.ids for e in encoded], where, progress)
 
     def score_token_ids(
         self,
@@ -158,7 +169,19 @@ class SARMScorer:
         `progress(done, total)` is called after every batch. Each row is a list of ids or a 1-D
         tensor, scored at its last token.
         """
-        rows = [r.tolist() if isinstance(r, Tensor) else list(r) for r in token_ids]
+        rows = []
+        for i, row in enumerate(token_ids):
+            if isinstance(row, Tensor) and row.ndim != 1:
+                raise InputError(f"item {i}: expected a 1-D tensor, got shape {tuple(row.shape)}")
+            rows.append(row.tolist() if isinstance(row, Tensor) else list(row))
+        return self._score(rows, lambda i: f"item {i}", progress)
+
+    def _score(
+        self,
+        rows: list[list[int]],
+        where: Callable[[int], str],
+        progress: Callable[[int, int], None] | None,
+    ) -> Tensor:
         rewards = torch.empty(len(rows), dtype=torch.float32)
         done = 0
         for indices, states in iter_last_states(self.model.model, rows, self.max_batch_tokens):
@@ -171,7 +194,9 @@ class SARMScorer:
         bad = (~torch.isfinite(rewards)).nonzero()
         if len(bad):
             i = int(bad[0])
-            raise InputError(f"item {i}: the reward is {rewards[i].item()} ({len(bad)} items in all)")
+            raise InputError(
+                f"{where(i)}: the reward is {rewards[i].item()} ({len(bad)} items in all)"
+            )
         return rewards
 
     def __call__(self, prompts=None, completions=None, **columns) -> list[float | None]:
@@ -187,7 +212,10 @@ class SARMScorer:
                 f"SARMScorer: {len(prompts)} prompts but {len(completions)} completions"
             )
         items = [i for i, c in enumerate(completions) if c is not None]
-        rewards = self.score([join_turns(prompts[i], completions[i], i) for i in items])
+        rewards = self.score(
+            [join_turns(prompts[i], completions[i], i) for i in items],
+            where=lambda at: f"item {items[at]}",
+        )
         out: list[float | None] = [None] * len(completions)
         for i, reward in zip(items, rewards.tolist(), strict=True):
             out[i] = reward
@@ -206,6 +234,8 @@ class SARMScorer:
             features, activations = self._active(states)
             output = self.model.from_states(states)
             weights = self.model.score.weight[0, features]
+        if not torch.isfinite(output.logits).all():
+            raise InputError(f"conversation: the reward is {output.logits[0, 0].item()}")
         values = activations.double() * weights.double()
         order = values.abs().argsort(descending=True, stable=True)
         listed = [
@@ -247,14 +277,20 @@ class SARMScorer:
         n_latents = self.model.sae.n_latents
         weight = self.model.score.weight.detach().clone()
         for feature, factor in dict(profile).items():
-            if isinstance(feature, bool) or not isinstance(feature, int):
+            try:
+                index = operator.index(feature)  # numpy's integers too
+            except TypeError:
+                raise InputError(f"steer: features are integers, got {feature!r}") from None
+            if isinstance(feature, bool):
                 raise InputError(f"steer: features are integers, got {feature!r}")
-            if not 0 <= feature < n_latents:
+            if not 0 <= index < n_latents:
                 raise InputError(f"steer: feature must be in [0, {n_latents}), got {feature}")
-            if not isinstance(factor, (int, float)) or not math.isfinite(factor):
-                raise InputError(f"steer: the factor of feature {feature} must be a finite number, "
-                                 f"got {factor!r}")
-            weight[:, feature] *= factor
+            if not isinstance(factor, numbers.Real) or not math.isfinite(factor):
+                raise InputError(
+                    f"steer: the factor of feature {feature} must be a finite number, "
+                    f"got {factor!r}"
+                )
+            weight[:, index] *= float(factor)
         scorer = copy.copy(self)
         scorer.report = ScoreReport()
         scorer.model = SarmForSequenceClassification.from_parts(
@@ -263,12 +299,11 @@ class SARMScorer:
         return scorer
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write model and tokenizer; `SARMScorer.from_pretrained` reads them back."""
-        from sarm.checkpoint import replace_files
-
+        """Write model and tokenizer, both or neither; `from_pretrained` reads them back."""
         with replace_files(directory) as staging:
-            self.tokenizer.save_pretrained(staging)
-        self.model.save_pretrained(directory)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(staging)
+            self.model.save_pretrained(staging)
 
     def latents(self, conversations: Sequence[Conversation]) -> ops.SparseLatents:
         """(N, k) active latents and indices at the scored token of every conversation."""
@@ -281,7 +316,6 @@ class SARMScorer:
             states[indices] = part
         with torch.inference_mode():
             return self.model.sae.encode(states.to(self.model.device))
-
 
 
 def join_turns(prompt, completion, index: int) -> list[dict]:

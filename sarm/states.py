@@ -7,11 +7,12 @@ data sets that share sequences share rows.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sqlite3
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,30 @@ class StateCache:
     def __init__(self, path: str | Path, backbone: nn.Module) -> None:
         self.path = Path(path)
         self.backbone = backbone
+        self._width = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with self._readable():
             self._db = sqlite3.connect(self.path)
+        try:
+            self._prepare()
+        except InputError:
+            self._db.close()
+            raise
+
+    def _prepare(self) -> None:
+        with self._readable():
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT)")
             self._db.execute("CREATE TABLE IF NOT EXISTS states (key BLOB PRIMARY KEY, state BLOB)")
-            self._check_owner(fingerprint(backbone))
+            self._check_owner(fingerprint(self.backbone))
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """SQLite's errors as one line: not a database, damaged, locked, no room on the disk."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # of the disk, not of the file
+            raise InputError(f"{self.path}: cannot be used now ({error})") from error
         except sqlite3.DatabaseError as error:
             raise InputError(f"{self.path}: not a state cache ({error})") from error
 
@@ -69,17 +87,13 @@ class StateCache:
         """
         keys = [token_key(row) for row in rows]
         found = self._lookup(set(keys))
-        todo = [i for i, key in enumerate({k: None for k in keys}) if key not in found]
-        first = {}
-        for i, key in enumerate(keys):
-            first.setdefault(key, i)
-        unique = list(first.values())
-        new = [rows[unique[i]] for i in todo]
+        row_of = dict(zip(keys, rows, strict=True))
+        new = [row for key, row in row_of.items() if key not in found]
         total, done = sum(len(r) for r in new), 0
         progress(0, total)
         for indices, states in iter_last_states(self.backbone, new, max_tokens):
             batch = [(token_key(new[i]), states[j].numpy()) for j, i in enumerate(indices)]
-            with self._db:  # one transaction a batch
+            with self._readable(), self._db:  # one transaction a batch
                 self._db.executemany(
                     "INSERT OR IGNORE INTO states VALUES (?, ?)",
                     [(key, state.tobytes()) for key, state in batch],
@@ -87,8 +101,7 @@ class StateCache:
             found.update(batch)
             done += sum(len(new[i]) for i in indices)
             progress(done, total)
-        width = self.backbone.config.hidden_size
-        out = np.empty((len(keys), width), np.float32)
+        out = np.empty((len(keys), self._width), np.float32)
         for i, key in enumerate(keys):
             out[i] = found[key]
         return torch.from_numpy(out)
@@ -100,11 +113,15 @@ class StateCache:
             part = wanted[start : start + 500]
             marks = ",".join("?" * len(part))
             query = f"SELECT key, state FROM states WHERE key IN ({marks})"
-            for key, state in self._db.execute(query, part):
-                found[key] = np.frombuffer(state, np.float32)
+            with self._readable():
+                for key, state in self._db.execute(query, part):
+                    if len(state) != 4 * self._width:
+                        raise InputError(f"{self.path}: damaged, a state of {len(state)} bytes")
+                    found[key] = np.frombuffer(state, np.float32)
         return found
 
     def close(self) -> None:
+        """Close the file; committed states are in it."""
         self._db.close()
 
     def __enter__(self) -> StateCache:
@@ -122,13 +139,15 @@ def token_key(ids: Sequence[int]) -> bytes:
 def fingerprint(model: nn.Module, samples: int = 4096) -> str:
     """Names a model's weights: every tensor's name, shape, dtype and an even sample of its values.
 
-    Two checkpoints that differ by training differ in nearly every element, so a sample tells them
-    apart without hashing gigabytes.
+    Two checkpoints that differ by training differ in nearly every element of a matrix, so a sample
+    tells them apart without hashing gigabytes. Vectors and heads (few rows) are hashed whole: two
+    steered heads may differ in one element.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // samples)
+        whole = tensor.ndim < 2 or min(tensor.shape) <= 16
+        step = 1 if whole else max(1, flat.numel() // samples)
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
         digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import jinja2
-
-from sarm.errors import InputError
+from sarm.errors import InputError, first_line
 
 Message = dict
 Conversation = Sequence[Message]
@@ -41,6 +39,15 @@ class ConversationEncoder:
         self.max_length = max_length
         added = set(getattr(tokenizer, "added_tokens_decoder", {}) or {})
         self._special = added | set(tokenizer.all_special_ids)
+        self._leaves_turns_open = self._probe()
+
+    def _probe(self) -> bool:
+        """Whether the template prints nothing after an answer (False too if it refuses ours)."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            return self.render(turns).rstrip().endswith("b")
+        except InputError:
+            return False
 
     def encode(
         self,
@@ -69,8 +76,9 @@ class ConversationEncoder:
             raise InputError(f"{where}: the tokenizer has no chat template")
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise InputError(f"{where}: the chat template refuses it ({error})") from error
+        except Exception as error:  # a template is a program: it may raise anything
+            problem = first_line(error)
+            raise InputError(f"{where}: the chat template refuses it ({problem})") from error
 
     def _finish(self, ids: list[int]) -> Encoded:
         ids = self._end_turn(list(ids))
@@ -83,11 +91,16 @@ class ConversationEncoder:
 
     def _end_turn(self, ids: list[int]) -> list[int]:
         end = len(ids)
+        if self._leaves_turns_open:  # a special token at the end is then part of the answer
+            return ids if end and ids[-1] == self.tokenizer.eos_token_id else self._with_eos(ids)
         while end and ids[end - 1] not in self._special:
             if self.tokenizer.decode(ids[end - 1 : end]).strip():
-                return [*ids, self.tokenizer.eos_token_id]  # text right to the end: an open turn
+                return self._with_eos(ids)  # text right to the end: an open turn
             end -= 1
-        return ids[:end] if end else [*ids, self.tokenizer.eos_token_id]
+        return ids[:end] if end else self._with_eos(ids)
+
+    def _with_eos(self, ids: list[int]) -> list[int]:
+        return [*ids, self.tokenizer.eos_token_id]
 
 
 def check_conversation(conversation: Conversation, where: str) -> list[Message]:
@@ -112,10 +125,15 @@ def _check_message(message: Message, where: str) -> Message:
     content = message["content"]
     if isinstance(content, list):  # content parts, as multimodal APIs send them
         texts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
-        if len(texts) != len(content) or not all(isinstance(t, str) for t in texts):
+        strings = [t for t in texts if isinstance(t, str)]
+        if len(strings) != len(content):
             raise InputError(f"{where}: only text content can be scored")
-        content = "".join(texts)
+        content = "".join(strings)
     if not isinstance(content, str) or not isinstance(message["role"], str):
         got = type(content).__name__
         raise InputError(f"{where}: role and content must be strings, got content of type {got}")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\\ud83d"
+        raise InputError(f"{where}: content is not valid Unicode ({error.reason})") from error
     return {**message, "content": content}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,7 +37,11 @@ class WeightSource(Protocol):
         ...
 
     def location(self, name: str) -> str:
-        """The file that holds `name`, for error messages."""
+        """The file that holds `name` (or should list it), for error messages."""
+        ...
+
+    def bytes_on_disk(self) -> int:
+        """Size of the weight files; those of a hub repository that were never fetched count 0."""
         ...
 
 
@@ -49,33 +53,39 @@ class SafetensorsSource:
         fetch: called with a file name before it is opened (a hub download); None for local.
     """
 
-    def __init__(self, directory: Path, fetch=None) -> None:
+    def __init__(
+        self, directory: Path, fetch: Callable[[str, bool], str | None] | None = None
+    ) -> None:
         self.directory = Path(directory)
         self.bytes_read = 0
         self._fetch = fetch
         self._open: dict[str, safe_open] = {}
+        self._path: dict[str, Path] = {}
+        self._lists_names = SAFETENSORS_INDEX
         self._file_of = self._index()
 
     def _index(self) -> dict[str, str]:
         index = self._local(SAFETENSORS_INDEX, optional=True)
         if index is not None:
             try:
-                return dict(json.loads(index.read_text("utf-8"))["weight_map"])
-            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+                return _checked_map(json.loads(index.read_text("utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{index}: not a safetensors index ({error})") from error
+        self._lists_names = SAFETENSORS_SINGLE
         single = self._local(SAFETENSORS_SINGLE, optional=True)
         if single is None:
             pickles = sorted(p.name for p in self.directory.glob("*.bin"))
             pickles += sorted(p.name for p in self.directory.glob("*.pt"))
             if pickles:
                 raise InputError(
-                    f"{self.directory}: only pickled weights ({pickles[0]}); they can run code when "
-                    "opened, convert the checkpoint to safetensors first"
+                    f"{self.directory}: only pickled weights ({pickles[0]}); they can run code "
+                    "when opened, convert the checkpoint to safetensors first"
                 )
             raise FileNotFoundError(
-                f"{self.directory}: expected {SAFETENSORS_SINGLE}, {SAFETENSORS_INDEX} or a .gguf file"
+                f"{self.directory}: expected {SAFETENSORS_SINGLE}, {SAFETENSORS_INDEX} "
+                "or a .gguf file"
             )
-        return {name: single.name for name in self._handle(single.name).keys()}  # noqa: SIM118
+        return dict.fromkeys(self._handle(single.name).keys(), single.name)
 
     def _local(self, name: str, optional: bool = False) -> Path | None:
         path = self.directory / name
@@ -91,8 +101,10 @@ class SafetensorsSource:
     def _handle(self, name: str) -> safe_open:
         if name not in self._open:
             path = self._local(name)
+            assert path is not None  # only an optional file may be absent
             try:
                 self._open[name] = safe_open(os.fspath(path), framework="pt")
+                self._path[name] = path
             except (SafetensorError, OSError) as error:
                 raise InputError(
                     f"{path}: corrupt or half-downloaded safetensors file ({error}); fetch it again"
@@ -100,12 +112,22 @@ class SafetensorsSource:
         return self._open[name]
 
     def names(self) -> Iterable[str]:
+        """All tensor names, without reading data."""
         return self._file_of.keys()
 
     def location(self, name: str) -> str:
-        return str(self.directory / self._file_of.get(name, SAFETENSORS_SINGLE))
+        """The shard that holds `name`, or the file that should have listed it."""
+        return str(self.directory / self._file_of.get(name, self._lists_names))
+
+    def bytes_on_disk(self) -> int:
+        """Size of the shards that are here (of a hub repository: that were opened)."""
+        if self._fetch is not None:
+            return sum(path.stat().st_size for path in self._path.values())
+        files = {self.directory / name for name in self._file_of.values()}
+        return sum(path.stat().st_size for path in files if path.is_file())
 
     def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype."""
         handle = self._handle(self._file_of[name])
         try:
             tensor = handle.get_tensor(name)
@@ -113,6 +135,16 @@ class SafetensorsSource:
             raise InputError(f"{self.location(name)}: cannot read {name} ({error})") from error
         self.bytes_read += tensor.nbytes
         return tensor
+
+
+def _checked_map(weight_map: dict[str, str]) -> dict[str, str]:
+    """The weight map of an index: file names in the same folder, nowhere else."""
+    if not isinstance(weight_map, dict):
+        raise TypeError(f"weight_map is a {type(weight_map).__name__}")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{name} is said to be in {file!r}")
+    return weight_map
 
 
 class GgufSource:
@@ -127,7 +159,9 @@ class GgufSource:
         parameter_names: the names the caller will ask for, as in `model.state_dict()`.
     """
 
-    def __init__(self, path: Path, config: PreTrainedConfig, parameter_names: Iterable[str]) -> None:
+    def __init__(
+        self, path: Path, config: PreTrainedConfig, parameter_names: Iterable[str]
+    ) -> None:
         import gguf
 
         self.path = Path(path)
@@ -141,19 +175,26 @@ class GgufSource:
         name_map = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
         self._architecture = architecture
         stored = {tensor.name: tensor for tensor in reader.tensors}
-        self._tensors = {}
+        self._tensors: dict[str, Any] = {}
         for name in parameter_names:
             key = name_map.get_name("model." + name, try_suffixes=(".weight", ".bias"))
             if key in stored:
                 self._tensors[name] = stored[key]
 
     def names(self) -> Iterable[str]:
+        """The parameters that the file holds, without reading data."""
         return self._tensors.keys()
 
     def location(self, name: str) -> str:
+        """The file."""
         return str(self.path)
 
+    def bytes_on_disk(self) -> int:
+        """Size of the file."""
+        return self.path.stat().st_size
+
     def read(self, name: str) -> Tensor:
+        """One tensor, dequantised."""
         import gguf
 
         stored = self._tensors[name]

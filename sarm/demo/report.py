@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sarm.demo.run import DemoResult
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib import pyplot as plt
 
 BLUE, ORANGE, GREY = "#2563eb", "#d97706", "#64748b"
 
@@ -53,8 +53,16 @@ def _accuracy(result: DemoResult):
         value = np.array([e.value for e in estimates])
         low = value - [e.low for e in estimates]
         high = np.array([e.high for e in estimates]) - value
-        axes.bar(np.arange(len(names)) + offset, 100 * value, 0.34, color=color, label=label,
-                 yerr=100 * np.array([low, high]), capsize=2, ecolor="#0f172a")
+        axes.bar(
+            np.arange(len(names)) + offset,
+            100 * value,
+            0.34,
+            color=color,
+            label=label,
+            yerr=100 * np.array([low, high]),
+            capsize=2,
+            ecolor="#0f172a",
+        )
     axes.axhline(50, color="#0f172a", lw=0.8, ls=":")
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(0, 105)
@@ -66,7 +74,7 @@ def _accuracy(result: DemoResult):
 def _margins(result: DemoResult):
     figure, axes = plt.subplots(figsize=(7, 2.4))
     margins = result.sarm.margins
-    bins = np.histogram_bin_edges(margins, 30)
+    bins = np.histogram_bin_edges(margins, 30).tolist()
     axes.hist(margins[margins > 0], bins, color=BLUE, label="right")
     axes.hist(margins[margins <= 0], bins, color=ORANGE, label="wrong")
     axes.set_xlabel("held-out margin, reward(chosen) - reward(rejected)")
@@ -79,8 +87,11 @@ def _contributions(result: DemoResult):
     differences = result.comparison.differences[::-1]
     figure, axes = plt.subplots(figsize=(7, 3.4))
     values = [d.value for d in differences]
-    axes.barh([str(d.feature) for d in differences], values,
-              color=[BLUE if v > 0 else ORANGE for v in values])
+    axes.barh(
+        [str(d.feature) for d in differences],
+        values,
+        color=[BLUE if v > 0 else ORANGE for v in values],
+    )
     axes.axvline(0, color="#0f172a", lw=0.8)
     axes.set_xlabel("part of the margin")
     axes.set_ylabel("feature")
@@ -92,7 +103,7 @@ def _steering(result: DemoResult):
     steering = result.steering
     figure, axes = plt.subplots(figsize=(7, 2.4))
     active = steering.active
-    bins = np.histogram_bin_edges(np.concatenate([steering.before, steering.after]), 40)
+    bins = np.histogram_bin_edges(np.concatenate([steering.before, steering.after]), 40).tolist()
     axes.hist(steering.before[active], bins, color=GREY, alpha=0.7, label="before")
     axes.hist(steering.after[active], bins, histtype="step", color=ORANGE, lw=2, label="after")
     axes.set_xlabel(f"reward of the {active.sum()} answers with feature {steering.feature}")

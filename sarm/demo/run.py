@@ -6,19 +6,21 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from sarm.backbone import load_backbone, load_tokenizer
+from sarm.backbone import LoadReport, load_backbone, load_tokenizer
 from sarm.data import PreferencePair, read_preferences
 from sarm.demo.corpus import local_passages
 from sarm.demo.fetch import smollm2
 from sarm.demo.report import write_report
+from sarm.errors import InputError
 from sarm.evaluation.metrics import Estimate, bootstrap
 from sarm.interpret.attribution import Comparison, compare
 from sarm.interpret.terminal import comparison_table
@@ -41,8 +43,8 @@ from sarm.training.sae import SaeReport, SaeTrainConfig, SaeTrainer
 
 MAX_LENGTH = 1024
 FOLDS = 10
-STATES = 6000  # turn-end states the SAE learns from: about 170,000 tokens of text
-LATENTS_PER_DIM, PASSES, BATCH = 8, 12, 512
+STATES = 4096  # turn-end states the SAE learns from: about 130,000 tokens of text
+LATENTS_PER_DIM, PASSES, BATCH = 4, 12, 512
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class DemoResult:
 
 def shipped_pairs() -> list[PreferencePair]:
     """The preference pairs written for this project: six categories, 34 pairs each."""
-    return list(read_preferences(os.fspath(files("sarm.demo") / "pairs.jsonl")))
+    with as_file(files("sarm.demo") / "pairs.jsonl") as path:
+        return list(read_preferences(path))
 
 
 def run_demo(out: Path, *, backbone: str | None, seed: int, console: Console) -> DemoResult:
@@ -92,7 +95,7 @@ def run_demo(out: Path, *, backbone: str | None, seed: int, console: Console) ->
         bar = add("model, bytes", None)
         source = backbone or os.fspath(smollm2(bar.to))
     model, tokenizer = load_backbone(source), load_tokenizer(source)
-    read = model.load_report
+    read = cast(LoadReport, model.load_report)
     console.print(
         f"backbone {Path(source).name}: {read.kept_layers} of {read.source_layers} layers, "
         f"{read.bytes_read / 1e6:.0f} MB read of {read.bytes_on_disk / 1e6:.0f} MB, {model.dtype}"
@@ -112,7 +115,10 @@ def run_demo(out: Path, *, backbone: str | None, seed: int, console: Console) ->
         fit = train_reward(
             model, sae, pairs, encoder, cache, progress=add("pairs, tokens", None).to
         )
-        states, _ = pair_states(pairs, encoder, cache)
+        states, equal = pair_states(pairs, encoder, cache)
+    if equal:
+        raise InputError(f"demo: {equal} pairs have the same tokens on both sides with {source}")
+    sae = fit.model.sae  # as saved: in the backbone's dtype
     save_reward(fit, tokenizer, out / "sarm", {"preferences": "sarm demo pairs"})
     clock.lap("head")
     categories = [pair.extra["category"] for pair in pairs]
@@ -124,8 +130,9 @@ def run_demo(out: Path, *, backbone: str | None, seed: int, console: Console) ->
     scorer = SARMScorer.from_pretrained(out / "sarm", max_length=MAX_LENGTH)
     pair = pairs[_typical(sarm.margins)]
     comparison = compare(scorer, pair.chosen, pair.rejected, top=12)
-    console.print(f"\nwhy the chosen answer of {pair.where.rsplit('/', 1)[-1]} "
-                  f"({pair.extra['id']}) wins:")
+    console.print(
+        f"\nwhy the chosen answer of {pair.where.rsplit('/', 1)[-1]} ({pair.extra['id']}) wins:"
+    )
     console.print(comparison_table(comparison))
     steering = _steer(scorer, sae, states, comparison)
     console.print(_steering_line(steering))
@@ -145,8 +152,9 @@ def run_demo(out: Path, *, backbone: str | None, seed: int, console: Console) ->
     )
     report = write_report(result, categories, out / "report.html")
     clock.lap("report")
-    console.print(f"\nSARM in {out / 'sarm'}, report in {report}, "
-                  f"{sum(clock.laps.values()):.0f} s in all")
+    console.print(
+        f"\nSARM in {out / 'sarm'}, report in {report}, {sum(clock.laps.values()):.0f} s in all"
+    )
     return result
 
 
@@ -216,17 +224,21 @@ def _accuracy_table(sarm: HeldOut, probe: HeldOut) -> Table:
 def _typical(margins: np.ndarray) -> int:
     """The pair with the median margin among those judged right on held-out data."""
     right = np.flatnonzero(margins > 0)
+    if not len(right):
+        return int(np.argmax(margins))
     return int(right[np.argsort(margins[right])[len(right) // 2]])
 
 
-def _steer(scorer: SARMScorer, sae: TopKSAE, states: PairStates, comparison: Comparison) -> Steering:
+def _steer(
+    scorer: SARMScorer, sae: TopKSAE, states: PairStates, comparison: Comparison
+) -> Steering:
     """Switch off the feature that decided the pair most, over all answers at once."""
     feature = comparison.differences[0].feature
     everything = torch.cat([states.chosen, states.rejected])
     steered = scorer.steer({feature: 0.0})
     with torch.inference_mode():
-        before = scorer.model.from_states(everything).logits[:, 0]
-        after = steered.model.from_states(everything).logits[:, 0]
+        before = cast(torch.Tensor, scorer.model.from_states(everything).logits)[:, 0]
+        after = cast(torch.Tensor, steered.model.from_states(everything).logits)[:, 0]
         active = (sae.encode(everything).idx == feature).any(1)
     return Steering(feature, 0.0, before.numpy(), after.numpy(), active.numpy())
 
@@ -234,11 +246,12 @@ def _steer(scorer: SARMScorer, sae: TopKSAE, states: PairStates, comparison: Com
 def _steering_line(steering: Steering) -> str:
     shift = (steering.after - steering.before)[steering.active]
     spread = steering.before.std()
+    others = np.abs((steering.after - steering.before)[~steering.active]).max(initial=0.0)
     return (
         f"\nsteering: feature {steering.feature} x {steering.factor:g} moves the "
         f"{steering.active.sum()} of {len(steering.before)} answers where it is active by "
         f"{shift.mean() / spread:+.2f} standard deviations on average, the others by "
-        f"{np.abs((steering.after - steering.before)[~steering.active]).max():.1e}"
+        f"{others:.1e}"
     )
 
 

@@ -27,12 +27,21 @@ def judge_pair(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
 
 
 def reward_bench_2(path: str | Path) -> Benchmark:
-    """RewardBench 2 rows other than Ties: best of four, credit 1/(number tied at the top)."""
+    """RewardBench 2 rows other than Ties: best of all, credit 1/(number tied at the top)."""
     items = []
     for record in read_records(path):
         if str(record.fields.get("subset", "")).lower() == "ties":
             raise InputError(f"{record.where}: the Ties subset has rules of its own; leave it out")
-        items.append(_prompt_item(record))
+        item = _prompt_item(record)
+        counts = (item.n_chosen, len(item.conversations) - item.n_chosen)
+        if counts[0] != 1:
+            raise InputError(f"{record.where}: RewardBench 2 has 1 chosen, got {counts[0]}")
+        for name, count in zip(("num_correct", "num_incorrect"), counts, strict=True):
+            if record.fields.get(name, count) != count:
+                raise InputError(
+                    f"{record.where}: {name} is {record.fields[name]} but there are {count}"
+                )
+        items.append(item)
     return _benchmark(f"RewardBench 2 {Path(path).stem}", items, judge_best_of, path)
 
 
@@ -51,8 +60,10 @@ def rm_bench(path: str | Path) -> Benchmark:
     for record in read_records(path):
         item = _prompt_item(record)
         if item.n_chosen != 3 or len(item.conversations) != 6:
-            raise InputError(f"{record.where}: RM-Bench has 3 chosen and 3 rejected, got "
-                             f"{item.n_chosen} and {len(item.conversations) - item.n_chosen}")
+            raise InputError(
+                f"{record.where}: RM-Bench has 3 chosen and 3 rejected, got "
+                f"{item.n_chosen} and {len(item.conversations) - item.n_chosen}"
+            )
         items.append(item)
     name = Path(path).stem.removesuffix("_filtered")
     return _benchmark(f"RM-Bench {name}", items, judge_rm_bench, path)

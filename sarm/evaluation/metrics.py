@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sarm.errors import InputError
 from sarm.tokens import Message
 
 
@@ -58,12 +59,22 @@ def evaluate(benchmark: Benchmark, rewards: Sequence[float], truncated: int = 0)
     Args:
         rewards: one per conversation, items in order.
         truncated: how many conversations were cut, to be reported.
+    Raises:
+        InputError: another number of rewards than of conversations, or one that is not finite.
     """
     values: dict[str, list[float]] = {}
-    rewards = np.asarray(rewards, dtype=np.float64)
+    everything = np.asarray(rewards, dtype=np.float64)
+    expected = sum(len(item.conversations) for item in benchmark.items)
+    if len(everything) != expected:
+        raise InputError(
+            f"{benchmark.name}: {expected} conversations but {len(everything)} rewards"
+        )
+    if not np.isfinite(everything).all():
+        bad = int(np.flatnonzero(~np.isfinite(everything))[0])
+        raise InputError(f"{benchmark.name}: the reward of conversation {bad} is {everything[bad]}")
     start = ties = 0
     for item in benchmark.items:
-        scores = rewards[start : start + len(item.conversations)]
+        scores = everything[start : start + len(item.conversations)]
         start += len(item.conversations)
         chosen, rejected = scores[: item.n_chosen], scores[item.n_chosen :]
         ties += bool(np.isin(chosen, rejected).any())
@@ -82,7 +93,11 @@ def bootstrap(
     member = np.array([names[g] for g in groups])
     sums = np.bincount(member, weights=values, minlength=len(names))
     sizes = np.bincount(member, minlength=len(names))
-    draws = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))
-    means = sums[draws].sum(1) / sizes[draws].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    draw, means = np.random.default_rng(seed), []
+    rows = max(1, 4_000_000 // len(names))  # resamples at once: memory stays under 100 MB
+    for start in range(0, resamples, rows):
+        shape = (min(rows, resamples - start), len(names))
+        drawn = draw.integers(0, len(names), shape)
+        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Estimate(float(sums.sum() / sizes.sum()), float(low), float(high))

@@ -1,4 +1,4 @@
-"""Running benchmarks: one pass of the backbone over all of them, then every judge on its rewards."""
+"""Running benchmarks: one pass of the backbone over all, then every judge on its rewards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sarm.evaluation.metrics import Benchmark, Result, evaluate
 from sarm.modeling import SarmForSequenceClassification
 from sarm.states import StateCache
 from sarm.tokens import ConversationEncoder
-from sarm.training.reward import load_probe
+from sarm.training.reward import load_probe, usable_length
 
 
 def run_benchmarks(
@@ -32,6 +32,8 @@ def run_benchmarks(
     States come from `cache` where it has them (the file `train-rm --cache` filled, say).
     """
     model = SarmForSequenceClassification.from_pretrained(model_dir, dtype=dtype)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    max_length = usable_length(model.config, max_length)
     rewards: dict[str, Callable[[Tensor], Tensor]] = {"SARM": _sarm_reward(model)}
     if probe:
         weight = load_probe(model_dir)
@@ -40,7 +42,7 @@ def run_benchmarks(
     encoded = [
         encoder.encode(
             [c for item in benchmark.items for c in item.conversations],
-            lambda i, b=benchmark: f"{b.name}, conversation {i}",
+            _conversation_namer(benchmark),
         )
         for benchmark in suite
     ]
@@ -62,7 +64,19 @@ def run_benchmarks(
 def _sarm_reward(model: SarmForSequenceClassification) -> Callable[[Tensor], Tensor]:
     def reward(states: Tensor) -> Tensor:
         with torch.inference_mode():
-            parts = [model.from_states(part).logits[:, 0] for part in states.split(1024)]
+            parts = [_logits(model, part) for part in states.split(1024)]
         return torch.cat(parts)
 
     return reward
+
+
+def _logits(model: SarmForSequenceClassification, states: Tensor) -> Tensor:
+    logits = model.from_states(states.to(model.device)).logits
+    assert logits is not None
+    return logits[:, 0].float().cpu()
+
+
+def _conversation_namer(benchmark: Benchmark) -> Callable[[int], str]:
+    """Names a benchmark's conversation by the place its item was read from."""
+    places = [item.where for item in benchmark.items for _ in item.conversations]
+    return lambda i: f"{benchmark.name}, {places[i]}"

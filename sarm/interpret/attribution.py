@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sarm.errors import InputError
 from sarm.scorer import Explanation, SARMScorer
 from sarm.tokens import Conversation
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One feature's part of a margin: `chosen - rejected == value` (contributions, not activations)."""
+    """One feature's part of a margin: `chosen - rejected == value`, all contributions."""
 
     feature: int
     chosen: float
@@ -18,12 +19,13 @@ class Difference:
 
     @property
     def value(self) -> float:
+        """The feature's part of the margin."""
         return self.chosen - self.rejected
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A margin as an exact sum over features: `sum(d.value for d in differences) + rest == margin`."""
+    """A margin as an exact sum: `sum(d.value for d in differences) + rest == margin`."""
 
     chosen: Explanation
     rejected: Explanation
@@ -33,6 +35,7 @@ class Comparison:
 
     @property
     def margin(self) -> float:
+        """Reward of the chosen answer minus that of the rejected one."""
         return self.chosen.reward - self.rejected.reward
 
 
@@ -40,6 +43,8 @@ def compare(
     scorer: SARMScorer, chosen: Conversation, rejected: Conversation, top: int = 20
 ) -> Comparison:
     """The features whose contributions differ most between two answers; `rest` holds the others."""
+    if top < 0:
+        raise InputError(f"compare: top must be >= 0, got {top}")
     n_latents = scorer.model.sae.n_latents
     sides = [scorer.explain(side, top=n_latents) for side in (chosen, rejected)]
     values = [{c.feature: c.value for c in side.contributions} for side in sides]

@@ -12,8 +12,12 @@ def explanation_table(explanation: Explanation) -> Table:
     """Feature, activation, weight and contribution; the last rows sum to the reward."""
     cut = f", {explanation.dropped} cut from the left" if explanation.dropped else ""
     table = Table(
-        "feature", "activation", "x weight", "= contribution",
-        title=f"reward {explanation.reward:+.6f}  ({explanation.n_tokens} tokens{cut})", box=None,
+        "feature",
+        "activation",
+        "x weight",
+        "= contribution",
+        title=f"reward {explanation.reward:+.6f}  ({explanation.n_tokens} tokens{cut})",
+        box=None,
     )
     for c in explanation.contributions:
         table.add_row(str(c.feature), f"{c.activation:+.4f}", f"{c.weight:+.6f}", f"{c.value:+.6f}")
@@ -28,9 +32,13 @@ def explanation_table(explanation: Explanation) -> Table:
 def comparison_table(comparison: Comparison) -> Table:
     """Feature and its contribution on either side; the differences sum to the margin."""
     table = Table(
-        "feature", "first", "second", "difference",
+        "feature",
+        "first",
+        "second",
+        "difference",
         title=f"margin {comparison.margin:+.6f} = {comparison.chosen.reward:+.6f} - "
-              f"({comparison.rejected.reward:+.6f})", box=None,
+        f"({comparison.rejected.reward:+.6f})",
+        box=None,
     )
     for d in comparison.differences:
         table.add_row(str(d.feature), f"{d.chosen:+.6f}", f"{d.rejected:+.6f}", f"{d.value:+.6f}")

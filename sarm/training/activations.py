@@ -16,10 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import jinja2
 import torch
 from torch import Tensor
 
 from sarm.errors import InputError
+from sarm.tokens import ConversationEncoder
 
 KINDS = ("token", "sentence", "turn-end")
 SENTENCE_ENDS = (".", "?", ";", "!")
@@ -42,6 +44,8 @@ class WindowMaker:
         kind: "token", "sentence" or "turn-end".
         context: tokens a window; a longer document becomes several windows.
         chat: put the text into an assistant turn of the chat template.
+    Raises:
+        InputError: unknown kind, context too small, no chat template or end token to use.
     """
 
     def __init__(self, tokenizer, kind: str, context: int = 1024, chat: bool = False) -> None:
@@ -54,14 +58,30 @@ class WindowMaker:
         self._head = self._chat_head() if chat else []
         if not chat and tokenizer.bos_token_id is not None and adds_bos(tokenizer):
             self._head = [tokenizer.bos_token_id]
+        if context < len(self._head) + MIN_SPAN:
+            raise InputError(
+                f"context must be at least {len(self._head) + MIN_SPAN} tokens (the turn's opening "
+                f"takes {len(self._head)}), got {context}"
+            )
+        self.end_id = turn_end_id(tokenizer) if kind == "turn-end" else None
         self._is_end = self._sentence_end_table()
 
     def _chat_head(self) -> list[int]:
         mark = "\u2237"  # stands for the text; what precedes it is the turn's opening
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "assistant", "content": mark}], tokenize=False
-        )
-        return self.tokenizer(text[: text.index(mark)], add_special_tokens=False)["input_ids"]
+        if self.tokenizer.chat_template is None:
+            raise InputError("chat: the tokenizer has no chat template")
+        answer = {"role": "assistant", "content": mark}
+        for turns in (
+            [answer],
+            [{"role": "user", "content": ""}, answer],
+        ):  # some want a user first
+            try:
+                text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+                opening = text[: text.index(mark)]
+            except (jinja2.TemplateError, TypeError, ValueError):
+                continue
+            return self.tokenizer(opening, add_special_tokens=False)["input_ids"]
+        raise InputError("chat: the chat template refuses a lone assistant turn")
 
     def _sentence_end_table(self) -> Tensor:
         ids = list(range(len(self.tokenizer)))
@@ -85,7 +105,8 @@ class WindowMaker:
         for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]:
             room = self.context - len(self._head)
             pieces = [ids[i : i + room] for i in range(0, len(ids), room)]
-            yield [self._window(piece) for piece in pieces if len(piece) >= MIN_SPAN or ids == piece]
+            whole = len(pieces) == 1
+            yield [self._window(piece) for piece in pieces if whole or len(piece) >= MIN_SPAN]
 
     def _window(self, ids: list[int]) -> Window:
         start = len(self._head)
@@ -107,9 +128,20 @@ def adds_bos(tokenizer) -> bool:
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
+def turn_end_id(tokenizer) -> int:
+    """The token a reward model reads: what the chat template ends a turn with, else eos."""
+    if tokenizer.eos_token_id is None:
+        raise InputError("turn-end: the tokenizer has no eos token to end a turn with")
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    (encoded,) = ConversationEncoder(tokenizer, 1 << 30).encode([turns])
+    return encoded.ids[-1]
+
+
 @torch.inference_mode()
-def window_states(backbone, window: Window, kind: str, end_id: int) -> Tensor:
-    """(len(window.positions), d_model) fp32 states on the CPU."""
+def window_states(backbone, window: Window, kind: str, end_id: int | None) -> Tensor:
+    """(len(window.positions), d_model) fp32 states on the CPU; turn-end needs `end_id`."""
     device = backbone.device
     if kind != "turn-end":
         ids = torch.tensor([window.ids], device=device)
@@ -122,12 +154,29 @@ def window_states(backbone, window: Window, kind: str, end_id: int) -> Tensor:
     # row of end j: the text up to its sentence, and itself
     allowed[text:, :text] = torch.arange(text, device=device) <= after[:, None]
     allowed[text:, text:] = torch.eye(ends, dtype=torch.bool, device=device)
-    mask = torch.zeros(allowed.shape, dtype=backbone.dtype, device=device)
-    mask.masked_fill_(~allowed, torch.finfo(backbone.dtype).min)
+    positions = torch.cat([torch.arange(text, device=device), after + 1])
     hidden = backbone(
         input_ids=ids,
-        attention_mask=mask[None, None],
-        position_ids=torch.cat([torch.arange(text, device=device), after + 1])[None],
+        attention_mask=_masks(backbone, allowed, positions),
+        position_ids=positions[None],
         use_cache=False,
     ).last_hidden_state[0]
     return hidden[text:].float().cpu()
+
+
+def _masks(backbone, allowed: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+    """Additive masks (1, 1, T, T) for the backbone's layers; (T, T) `allowed` is causal."""
+
+    def additive(keep: Tensor) -> Tensor:
+        mask = torch.zeros(keep.shape, dtype=backbone.dtype, device=keep.device)
+        return mask.masked_fill_(~keep, torch.finfo(backbone.dtype).min)[None, None]
+
+    config = backbone.config
+    width = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not width or (kinds and "sliding_attention" not in kinds):
+        return additive(allowed)
+    near = allowed & (positions[:, None] - positions[None, :] < width)
+    if not kinds:  # Mistral: every layer
+        return additive(near)
+    return {"full_attention": additive(allowed), "sliding_attention": additive(near)}

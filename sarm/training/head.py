@@ -54,7 +54,8 @@ def fit_head(
         l2: penalty; None: the best held-out log loss over `L2_GRID`.
         groups: (M,) prompt of each pair; folds never split a prompt.
     Raises:
-        InputError: fewer than 2 pairs, non-finite features, or no pair that differs.
+        InputError: fewer than 2 pairs, non-finite features, no pair that differs, or l2=None with
+        pairs of a single prompt.
     """
     started = time.perf_counter()
     if differences.shape[0] < 2:
@@ -68,7 +69,7 @@ def fit_head(
     if l2 is None:
         cv = cross_validate(differences, groups, folds)
         l2 = min(cv, key=lambda value: (cv[value], -value))
-    elif l2 <= 0:
+    elif not l2 > 0:
         raise InputError(f"fit_head: l2 must be positive, got {l2}")
     scaled, scale = _scale(differences)
     result = _solve(scaled, l2, np.zeros(scaled.shape[1]))
@@ -88,6 +89,8 @@ def fit_head(
 def cross_validate(differences, groups: Sequence | None, folds: int) -> dict[float, float]:
     """Mean held-out log loss of every l2 in `L2_GRID`; strong penalties first, warm-started."""
     fold_of = assign_folds(groups if groups is not None else range(differences.shape[0]), folds)
+    if not fold_of.any():
+        raise InputError("fit_head: cross-validation needs pairs of 2 prompts or more; give an l2")
     scaled, _ = _scale(differences)
     losses: dict[float, float] = dict.fromkeys(L2_GRID, 0.0)
     for fold in np.unique(fold_of):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sarm.checkpoint import replace_files
-from sarm.data import PreferencePair
+from sarm.data import BadRecords, PreferencePair
 from sarm.errors import InputError
 from sarm.modeling import SarmForSequenceClassification
-from sarm.ops import SparseLatents
 from sarm.sae import TopKSAE
 from sarm.states import StateCache
 from sarm.tokens import ConversationEncoder
@@ -74,6 +74,27 @@ def pair_states(
     )
 
 
+def usable_length(config, max_length: int) -> int:
+    """`max_length`, or the backbone's number of positions where that is smaller (as in scoring)."""
+    return min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+
+
+def usable_pairs(
+    pairs: Iterable[PreferencePair], encoder: ConversationEncoder, bad: BadRecords
+) -> list[PreferencePair]:
+    """The pairs whose two sides the chat template accepts; the others are reported to `bad`."""
+    usable = []
+    for pair in pairs:
+        try:
+            for i, side in enumerate((pair.chosen, pair.rejected)):
+                encoder.render(side, f"{pair.where} ({_side(i)})")
+        except InputError as error:
+            bad.report(str(error))
+        else:
+            usable.append(pair)
+    return usable
+
+
 def _side(i: int) -> str:
     return "rejected" if i % 2 else "chosen"
 
@@ -122,6 +143,7 @@ def train_reward(
         raise InputError(
             f"the SAE has d_model={sae.d_model}, the backbone {backbone.config.hidden_size}"
         )
+    sae = _in_dtype(sae, backbone.dtype)
     states, equal = pair_states(pairs, encoder, cache, progress)
     head = fit_head(feature_differences(sae, states), l2=l2, groups=states.groups)
     probe = fit_head(dense_differences(sae, states), groups=states.groups)
@@ -130,8 +152,21 @@ def train_reward(
     return RewardFit(model, head, probe, len(states.groups), equal, states.truncated)
 
 
+def _in_dtype(sae: TopKSAE, dtype: torch.dtype) -> TopKSAE:
+    """The SAE as a saved SARM holds it: weights in the backbone's dtype, biases fp32.
+
+    The head must be fitted on exactly the features that scoring will see.
+    """
+    if sae.encoder.weight.dtype == dtype:
+        return sae
+    sae = copy.deepcopy(sae)
+    sae.encoder.to(dtype)
+    sae.decoder.to(dtype)
+    return sae
+
+
 def save_reward(fit: RewardFit, tokenizer, out: str | Path, extra: dict | None = None) -> None:
-    """Write the SARM, its tokenizer, the dense probe and `training.json` into `out`."""
+    """Write the SARM, tokenizer, dense probe and `training.json` into `out`, all or none."""
     out = Path(out)
     with replace_files(out) as staging:
         tokenizer.save_pretrained(staging)
@@ -145,7 +180,7 @@ def save_reward(fit: RewardFit, tokenizer, out: str | Path, extra: dict | None =
             **(extra or {}),
         }
         (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    fit.model.save_pretrained(out)
+        fit.model.save_pretrained(staging)
 
 
 def _summary(fit: HeadFit) -> dict:
@@ -160,9 +195,3 @@ def load_probe(model_dir: str | Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no dense probe; train-rm writes one")
     return load_file(path)["weight"]
-
-
-def latents_of(sae: TopKSAE, states: Tensor) -> SparseLatents:
-    """Active latents of states on any device, as CPU tensors."""
-    with torch.inference_mode():
-        return SparseLatents(*(t.cpu() for t in sae.encode(states.to(sae.encoder.weight.device))))

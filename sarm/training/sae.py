@@ -8,6 +8,7 @@ reconstructing what every response has in common.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -16,17 +17,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from sarm.checkpoint import replace_files, save_sae
+from sarm.checkpoint import read_metadata, replace_file, replace_files, save_sae
 from sarm.errors import InputError
 from sarm.sae import TopKSAE
+from sarm.states import fingerprint
 from sarm.training.activations import WindowMaker
 from sarm.training.stream import Chunk, Corpus, StateStream, survey
 
-CHECKPOINT = "trainer.safetensors"
-PROGRESS_FILE = "trainer.json"
+CHECKPOINT = (
+    "trainer.safetensors"  # its metadata holds the place in the corpus: one file, one rename
+)
+RUN_FILE = "run.json"  # what the folder's run is, written before anything is computed
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,23 @@ class SaeTrainConfig:
     standardize: bool = True
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be trained with (the SAE checks n_latents and k)."""
+        for name, least in (
+            ("passes", 1),
+            ("batch_size", 1),
+            ("chunk_states", 2),
+            ("max_states", 2),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"train-sae: {name} must be at least {least}, got {value}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise InputError(f"train-sae: lr must be positive and finite, got {self.lr}")
+
     @property
     def peak_lr(self) -> float:
+        """The learning rate between warm-up and decay."""
         return self.lr if self.lr is not None else 2e-3 / math.sqrt(self.n_latents / 2048)
 
 
@@ -63,8 +83,9 @@ class SaeTrainConfig:
 class SaeReport:
     """How training ended.
 
-    fvu: squared error over the variance around the mean, last chunk.  normalized_mse: mean of
-    ||x - x'||^2 / ||x||^2.  dead: share of latents that fired for no state of the last chunk.
+    fvu: squared error over the variance around the mean.  normalized_mse: mean of
+    ||x - x'||^2 / ||x||^2.  dead: share of latents that never fired. All three over the last chunk
+    that was at least half full.
     """
 
     states: int
@@ -91,10 +112,11 @@ class SaeTrainer:
         self.maker = WindowMaker(tokenizer, config.activations, config.context, config.chat)
         self.work = self.out / ".progress"
         self.stream = StateStream(backbone, self.maker, self.work / "states", config.chunk_states)
-        torch.manual_seed(config.seed)
         d_model = backbone.config.hidden_size
-        # inner SAE: lives in standardised coordinates
-        self.sae = TopKSAE(d_model, config.n_latents, config.k, normalization="none")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            # inner SAE: lives in standardised coordinates
+            self.sae = TopKSAE(d_model, config.n_latents, config.k, normalization="none")
         self.mean, self.std = torch.zeros(d_model), torch.ones(d_model)
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(), lr=config.peak_lr, betas=(0.9, 0.999), fused=True
@@ -117,21 +139,25 @@ class SaeTrainer:
             texts: makes a fresh iterator over the documents each time it is called.
             on_survey, on_states, on_step: progress, see `Corpus` and the metrics of a step.
         Raises:
-            InputError: empty corpus, loss not finite, or a resumed run with another config.
+            InputError: empty corpus, loss not finite, or a folder with another run: other
+            settings, another backbone, another corpus.
         """
-        corpus = survey(texts(), self.maker, self.config.max_states)
+        corpus = survey(texts(), self.maker, self.config.max_states, self.config.chunk_states)
         if corpus.states < 2:
             raise InputError("train-sae: the corpus gives fewer than 2 states to learn from")
+        self._claim(corpus)
         on_survey(corpus)
-        total = min(corpus.states, self.config.max_states or corpus.states)
-        self.total_steps = max(1, math.ceil(total / self.config.batch_size)) * self.config.passes
+        steps = sum(math.ceil(states / self.config.batch_size) for states in corpus.chunks)
+        self.total_steps = steps * self.config.passes
         self.resume()
         on_states(self.states)
-        remaining = None if self.config.max_states is None else total - self.states
         started = time.perf_counter()
-        if remaining is None or remaining > 0:
+        if self.states < corpus.states:
             for chunk in self.stream.chunks(
-                texts(), documents_done=self.documents, limit=remaining, progress=on_states
+                texts(),
+                documents_done=self.documents,
+                limit=corpus.states - self.states,
+                progress=on_states,
             ):
                 self._learn(chunk, on_step)
                 self.chunk, self.documents = self.chunk + 1, chunk.documents
@@ -141,9 +167,7 @@ class SaeTrainer:
                 self.seconds, started = self.seconds + now - started, now
                 self.save_progress()
         save_sae(self.folded(), self.out, {"training": asdict(self.config), **self._last})
-        return SaeReport(
-            self.states, self.tokens, self.step, seconds=self.seconds, **self._last
-        )
+        return SaeReport(self.states, self.tokens, self.step, seconds=self.seconds, **self._last)
 
     # ---- learning --------------------------------------------------------------------------
 
@@ -158,13 +182,9 @@ class SaeTrainer:
         error = variance = mse = 0.0
         mean = states.mean(0)
         for epoch in range(self.config.passes):
-            generator = torch.Generator().manual_seed(
-                hash((self.config.seed, self.chunk, epoch)) & 0x7FFFFFFF
-            )
             last = epoch == self.config.passes - 1
-            for rows in torch.randperm(len(states), generator=generator).split(
-                self.config.batch_size
-            ):
+            order = shuffle(len(states), self.config.seed, self.chunk, epoch)
+            for rows in order.split(self.config.batch_size):
                 x = states[rows].to(device)
                 squared, idx = self._step(x)
                 metrics = self._metrics(x, squared)
@@ -174,11 +194,23 @@ class SaeTrainer:
                     error += float(squared.sum())
                     variance += float((x.cpu() - mean).square().sum())
                     mse += metrics["normalized_mse"] * len(x) / len(states)
-        self._last = {
-            "fvu": error / max(variance, 1e-12),
-            "normalized_mse": mse,
-            "dead": 1.0 - float(fired.float().mean()),
-        }
+        if not all(torch.isfinite(p).all() for p in self.sae.parameters()):
+            raise InputError(
+                f"train-sae: weights are not finite after step {self.step}{self._kept()}"
+            )
+        if self.chunk == 0 or len(states) >= self.config.chunk_states / 2:
+            self._last = {
+                "fvu": error / max(variance, 1e-12),
+                "normalized_mse": mse,
+                "dead": 1.0 - float(fired.float().mean()),
+            }
+
+    def _kept(self) -> str:
+        return (
+            f"; the checkpoint of chunk {self.chunk - 1} is kept in {self.work}"
+            if self.chunk
+            else ""
+        )
 
     def _step(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One Adam step; returns each row's squared error and the latents that fired."""
@@ -187,8 +219,8 @@ class SaeTrainer:
         loss = (squared / x.square().sum(1).clamp_min(1e-12)).mean()
         if not torch.isfinite(loss):
             raise InputError(
-                f"train-sae: the loss is {loss.item()} at step {self.step} (chunk {self.chunk}); "
-                f"the last good checkpoint is kept in {self.work}"
+                f"train-sae: the loss is {loss.item()} at step {self.step} (chunk {self.chunk})"
+                f"{self._kept()}"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -210,7 +242,9 @@ class SaeTrainer:
     @torch.no_grad()
     def _project_decoder_gradient(self) -> None:
         """Remove the part of each latent's gradient along its unit row: it cannot change length."""
-        rows, gradient = self.sae.w_dec, self.sae.decoder.weight.grad.t()
+        gradient = self.sae.decoder.weight.grad
+        assert gradient is not None
+        rows, gradient = self.sae.w_dec, gradient.t()
         gradient -= (gradient * rows).sum(1, keepdim=True) * rows
 
     @torch.no_grad()
@@ -244,7 +278,9 @@ class SaeTrainer:
 
     def save_progress(self) -> None:
         """Weights, optimiser and place in the corpus, written whole or not at all."""
-        tensors = {f"sae.{n}": t.detach().cpu().contiguous() for n, t in self.sae.state_dict().items()}
+        tensors = {
+            f"sae.{n}": t.detach().cpu().contiguous() for n, t in self.sae.state_dict().items()
+        }
         for name, parameter in self.sae.named_parameters():
             state = self.optimizer.state[parameter]
             for key in ("exp_avg", "exp_avg_sq", "step"):
@@ -254,37 +290,56 @@ class SaeTrainer:
             name: getattr(self, name)
             for name in ("step", "chunk", "documents", "states", "tokens", "seconds")
         }
+        record = json.dumps({"place": place, "last": self._last})
         with replace_files(self.work) as staging:
-            save_file(tensors, staging / CHECKPOINT)
-            record = {"config": asdict(self.config), "place": place, "last": self._last}
-            (staging / PROGRESS_FILE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+            save_file(tensors, staging / CHECKPOINT, {"record": record})
+
+    def _claim(self, corpus: Corpus) -> None:
+        """Note in `out` which run this is; refuse a folder that holds another one."""
+        mine = {
+            **asdict(self.config),
+            "backbone": fingerprint(self.backbone),
+            "corpus": f"{corpus.documents} documents, {corpus.tokens} tokens",
+        }
+        path = self.work / RUN_FILE
+        if path.is_file():
+            earlier = json.loads(path.read_text("utf-8"))
+            for name, value in mine.items():
+                if earlier.get(name) != value:
+                    raise InputError(
+                        f"{self.out}: holds a run with {name}={earlier.get(name)!r}, this one has "
+                        f"{name}={value!r}; choose another folder or delete {self.work}"
+                    )
+            return
+        with replace_file(path) as file:
+            json.dump(mine, file, indent=2)
 
     def resume(self) -> None:
         """Take up a killed run's checkpoint in `out`, if there is one."""
-        record_file = self.work / PROGRESS_FILE
-        if not record_file.is_file():
+        path = self.work / CHECKPOINT
+        if not path.is_file():
             return
-        record = json.loads(record_file.read_text("utf-8"))
-        mine = asdict(self.config)
-        other = {k: v for k, v in record["config"].items() if mine.get(k) != v}
-        if other:
-            name, value = next(iter(other.items()))
-            raise InputError(
-                f"{self.out}: holds a run with {name}={value!r}, this one has "
-                f"{name}={mine.get(name)!r}; choose another folder or the same settings"
-            )
-        tensors = load_file(self.work / CHECKPOINT)
-        with torch.no_grad():
+        record = json.loads(read_metadata(path)["record"])
+        with torch.no_grad(), safe_open(path, framework="pt") as file:
             for name, parameter in self.sae.named_parameters():
-                parameter.copy_(tensors[f"sae.{name}"])
+                parameter.copy_(file.get_tensor(f"sae.{name}"))
                 self.optimizer.state[parameter] = {
-                    "step": tensors[f"adam.step.{name}"].clone(),
-                    "exp_avg": torch.empty_like(parameter).copy_(tensors[f"adam.exp_avg.{name}"]),
-                    "exp_avg_sq": torch.empty_like(parameter).copy_(
-                        tensors[f"adam.exp_avg_sq.{name}"]
-                    ),
+                    "step": file.get_tensor(f"adam.step.{name}"),
+                    **{
+                        key: torch.empty_like(parameter).copy_(
+                            file.get_tensor(f"adam.{key}.{name}")
+                        )
+                        for key in ("exp_avg", "exp_avg_sq")
+                    },
                 }
-        self.mean, self.std = tensors["mean"], tensors["std"]
+            self.mean, self.std = file.get_tensor("mean"), file.get_tensor("std")
         for name, value in record["place"].items():
             setattr(self, name, value)
         self._last = record["last"]
+
+
+def shuffle(count: int, seed: int, chunk: int, epoch: int) -> Tensor:
+    """The order in which a chunk's states are learnt from: the same in every process."""
+    digest = hashlib.blake2b(f"{seed}/{chunk}/{epoch}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.randperm(count, generator=generator)

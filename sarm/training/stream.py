@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from sarm.checkpoint import replace_file
 from sarm.sae import normalize_tokens
-from sarm.training.activations import WindowMaker, window_states
+from sarm.training.activations import Window, WindowMaker, window_states
 
 PIECE = 4096  # states in a file
 
@@ -32,37 +33,51 @@ class Chunk:
 
     states: Tensor
     documents: int  # documents consumed up to the end of this chunk
-    tokens: int  # tokens run through the backbone for this chunk
+    tokens: int  # tokens of text run through the backbone for this chunk
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run will see: documents, windows' tokens and states, counted without the backbone."""
+    """What a run will see: documents, windows' tokens, and the states of each chunk."""
 
     documents: int
     tokens: int
-    states: int
+    chunks: list[int]
+
+    @property
+    def states(self) -> int:
+        """States of all chunks."""
+        return sum(self.chunks)
 
 
-def survey(texts: Iterable[str], maker: WindowMaker, limit: int | None) -> Corpus:
+def survey(
+    texts: Iterable[str], maker: WindowMaker, limit: int | None, chunk_states: int
+) -> Corpus:
     """Count a corpus up to `limit` states; costs a tokenisation."""
-    documents = tokens = states = 0
+    documents = tokens = have = 0
+    left = math.inf if limit is None else limit
+    chunks: list[int] = []
     for windows in maker.windows(texts):
         documents += 1
         tokens += sum(len(w.ids) for w in windows)
-        states += sum(len(w.positions) for w in windows)
-        if limit is not None and states >= limit:
-            break
-    return Corpus(documents, tokens, states)
+        have += sum(len(w.positions) for w in windows)
+        if have >= min(chunk_states, left):
+            chunks.append(int(min(have, left)))
+            left, have = left - chunks[-1], 0
+            if not left:
+                break
+    return Corpus(documents, tokens, [*chunks, have] if have else chunks)
 
 
 class StateStream:
-    """Chunks of at least `chunk_states` normalised states, in corpus order.
+    """Chunks of normalised states, in corpus order.
+
+    A chunk ends with the first document that brings it to `chunk_states`.
 
     Args:
         backbone, maker: the cut decoder and what cuts documents for it.
         folder: where pieces of the chunk in progress are kept.
-        chunk_states: states a chunk holds (the last may hold fewer).
+        chunk_states: states a chunk holds at least (the last may hold fewer).
         normalization: "token" or "none", as in `TopKSAE`.
     """
 
@@ -77,7 +92,6 @@ class StateStream:
         self.backbone, self.maker = backbone, maker
         self.folder, self.chunk_states = Path(folder), chunk_states
         self.normalization = normalization
-        self.end_id = maker.tokenizer.eos_token_id
 
     def chunks(
         self,
@@ -87,58 +101,59 @@ class StateStream:
         limit: int | None = None,
         progress: Callable[[int], None] = lambda states: None,
     ) -> Iterator[Chunk]:
-        """Chunks of the texts after the first `documents_done`; stops at `limit` states.
+        """Chunks of the texts after the first `documents_done`; stops at `limit` states exactly.
 
-        `progress(states)` is called with the states collected since the last call.
+        The texts are read once, from their beginning. `progress(states)` is called with the states
+        collected since the last call.
         """
-        collected = 0
+        windows, collected = None, 0
         while limit is None or collected < limit:
-            want = self.chunk_states if limit is None else min(self.chunk_states, limit - collected)
-            chunk = self._collect(texts, documents_done, want, progress)
-            if chunk is None:
+            left = None if limit is None else limit - collected
+            want = self.chunk_states if left is None else min(self.chunk_states, left)
+            parts, documents, tokens = self._finished_pieces(documents_done)
+            have = sum(len(part) for part in parts)
+            progress(have)
+            if windows is None:  # the texts go on where the pieces of an interrupted run end
+                windows = self.maker.windows(itertools.islice(texts, documents, None))
+            while have < want and (piece := self._piece(windows, min(PIECE, want - have))):
+                part, consumed, ran = piece
+                documents, tokens = documents + consumed, tokens + ran
+                self._write_piece(len(parts), part, documents_done, documents, tokens)
+                parts.append(part)
+                have += len(part)
+                progress(len(part))
+            if not have:
                 return
+            chunk = Chunk(torch.cat(parts)[:left], documents, tokens)
             yield chunk
             collected += len(chunk.states)
-            documents_done = chunk.documents
+            documents_done = documents
             self.clear()
 
     def clear(self) -> None:
         """Forget the pieces of the chunk in progress."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _collect(self, texts, start: int, want: int, progress) -> Chunk | None:
-        parts, documents, tokens = self._finished_pieces(start)
-        have = sum(len(p) for p in parts)
-        progress(have)
-        if have < want:
-            rest = itertools.islice(iter(texts), documents, None)
-            for part, consumed, ran in self._pieces(rest):
-                documents, tokens = documents + consumed, tokens + ran
-                self._write_piece(len(parts), part, start, documents, tokens)
-                parts.append(part)
-                progress(len(part))
-                have += len(part)
-                if have >= want:
-                    break
-        return Chunk(torch.cat(parts), documents, tokens) if have else None
-
-    def _pieces(self, texts: Iterable[str]) -> Iterator[tuple[Tensor, int, int]]:
-        """(states, documents consumed, tokens) of about PIECE states each."""
-        states, count, documents, tokens = [], 0, 0, 0
-        for windows in self.maker.windows(texts):
-            documents += 1
+    def _piece(
+        self, documents: Iterator[list[Window]], size: int
+    ) -> tuple[Tensor, int, int] | None:
+        """(states, documents, tokens) of the next documents, until they give `size` states."""
+        states: list[Tensor] = []
+        count = consumed = tokens = 0
+        for windows in documents:
+            consumed += 1
             for window in windows:
-                part = window_states(self.backbone, window, self.maker.kind, self.end_id)
+                part = window_states(self.backbone, window, self.maker.kind, self.maker.end_id)
                 states.append(normalize_tokens(part) if self.normalization == "token" else part)
                 count += len(part)
                 tokens += len(window.ids)
-            if count >= PIECE:
-                yield torch.cat(states), documents, tokens
-                states, count, documents, tokens = [], 0, 0, 0
-        if count:
-            yield torch.cat(states), documents, tokens
+            if count >= size:
+                break
+        return (torch.cat(states), consumed, tokens) if states else None
 
-    def _write_piece(self, number: int, part: Tensor, start: int, documents: int, tokens: int):
+    def _write_piece(
+        self, number: int, part: Tensor, start: int, documents: int, tokens: int
+    ) -> None:
         place = {"start": start, "documents": documents, "tokens": tokens}
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"piece-{number:05d}.safetensors"
@@ -147,7 +162,8 @@ class StateStream:
 
     def _finished_pieces(self, start: int) -> tuple[list[Tensor], int, int]:
         """Pieces an interrupted run left of the chunk that begins after `start` documents."""
-        parts, documents, tokens = [], start, 0
+        parts: list[Tensor] = []
+        documents, tokens = start, 0
         for path in sorted(self.folder.glob("piece-*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 place = json.loads(file.metadata()["place"])

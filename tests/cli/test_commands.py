@@ -1,0 +1,150 @@
+"""Every command on a tiny checkpoint: what it prints and writes."""
+
+import json
+
+import pytest
+import tiny_sarm
+import torch
+
+from sarm.scorer import SARMScorer
+
+
+def scores(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def by_hand(trained, files):
+    rows = [json.loads(line) for line in (files / "in.jsonl").read_text().splitlines()]
+    scorer = SARMScorer.from_pretrained(trained / "rm")
+    return scorer.score([row["messages"] for row in rows]).tolist()
+
+
+def test_info_names_every_backend_and_why(sarm):
+    done = sarm("info")
+    assert done.code == 0
+    for word in ("sarm", "torch", "reference", "cpu", "triton", "available"):
+        assert word in done.out
+
+
+def test_no_command_prints_the_help(sarm):
+    assert "train-sae" in sarm("--help").out
+    assert sarm().code == 2
+
+
+def test_train_sae_reports_and_writes(trained, sarm, backbone_dir, files):
+    record = json.loads((trained / "sae" / "sae.json").read_text())
+    assert (record["n_latents"], record["k"]) == (64, 6)
+    again = sarm("train-sae", backbone_dir, files / "text.jsonl", "-o", trained / "sae",
+                 "--n-latents", 64, "--k", 6, "--activations", "turn-end", "--chat",
+                 "--batch-size", 32, "--passes", 3)  # fmt: skip
+    assert again.code == 0
+    assert "FVU" in again.out
+    assert "dead" in again.out
+
+
+def test_train_rm_reports_the_head_and_the_probe(sarm, trained, backbone_dir, files, tmp_path):
+    done = sarm("train-rm", backbone_dir, trained / "sae", files / "train.jsonl", "-o",
+                tmp_path / "rm", "--l2", 0.1, "--limit", 30)  # fmt: skip
+    assert done.code == 0
+    assert "30 pairs (0 equal left out, 0" in done.out
+    assert "SARM head" in done.out
+    assert "dense probe" in done.out
+
+
+def test_score_keeps_order_and_scores_as_the_library_does(sarm, trained, files, tmp_path):
+    out = tmp_path / "deep" / "out.jsonl"
+    done = sarm("score", files / "in.jsonl", "-m", trained / "rm", "-o", out, "--block", 7)
+    assert done.code == 0
+    assert done.err == ""
+    assert "40 rows (0 from an earlier run), 0 cut" in done.out
+    rows = scores(out)
+    assert [r["row"] for r in rows] == list(range(40))
+    assert [r["id"] for r in rows] == [f"pair-{i // 2}" for i in range(40)]
+    expected = by_hand(trained, files)
+    assert [r["reward"] for r in rows] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_prompts_longer_than_max_length_are_cut_and_counted(sarm, trained, files, tmp_path):
+    out = tmp_path / "out.jsonl"
+    done = sarm("score", files / "in.jsonl", "-m", trained / "rm", "-o", out, "--max-length", 30)
+    cut = sum(row["dropped_tokens"] > 0 for row in scores(out))
+    assert cut > 0
+    assert f"{cut} cut to 30 tokens" in done.out
+
+
+def test_score_reads_prompt_and_completion(sarm, trained, files, tmp_path):
+    rows = [json.loads(line) for line in (files / "in.jsonl").read_text().splitlines()[:4]]
+    plain = [{"prompt": r["messages"][0]["content"], name: r["messages"][1]["content"]}
+             for r, name in zip(rows, ["completion", "response"] * 2, strict=True)]  # fmt: skip
+    source = tiny_sarm.write_jsonl(tmp_path / "plain.jsonl", plain)
+    assert sarm("score", source, "-m", trained / "rm", "-o", tmp_path / "o.jsonl").code == 0
+    rewards = [r["reward"] for r in scores(tmp_path / "o.jsonl")]
+    assert rewards == pytest.approx(by_hand(trained, files)[:4], rel=1e-4, abs=1e-5)
+
+
+# ---- explain -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top", [0, 2, 20])
+def test_explain_contributions_sum_to_the_reward(sarm, trained, files, top):
+    done = sarm("explain", files / "in.jsonl", "-m", trained / "rm", "--row", 3, "--json",
+                "--top", top)  # fmt: skip
+    explanation = json.loads(done.out)
+    reward = explanation["reward"]
+    parts = [c["value"] for c in explanation["contributions"]]
+    assert len(parts) == min(top, 6)
+    assert explanation["n_rest"] == 6 - len(parts)
+    assert sum(parts) + explanation["rest"] + explanation["bias"] == pytest.approx(reward, rel=1e-5)
+    assert reward == pytest.approx(by_hand(trained, files)[3], rel=1e-4, abs=1e-5)
+    for part in explanation["contributions"]:
+        assert part["activation"] * part["weight"] == pytest.approx(part["value"])
+
+
+def test_explain_prints_the_sum(sarm, trained):
+    done = sarm("explain", "-m", trained / "rm", "--prompt", "why", "--response", "rain fell")
+    reward = done.out.split("reward ")[1].split()[0]
+    assert done.out.rstrip().splitlines()[-1].split() == ["sum", reward]
+
+
+def test_explain_versus_sums_to_the_margin(sarm, trained):
+    ask = ["explain", "-m", trained / "rm", "--prompt", "why", "--response", "it fell thanks",
+           "--versus", "it fell ugh no", "--top", 3]  # fmt: skip
+    comparison = json.loads(sarm(*ask, "--json").out)
+    margin = comparison["chosen"]["reward"] - comparison["rejected"]["reward"]
+    assert comparison["margin"] == margin
+    parts = [d["chosen"] - d["rejected"] for d in comparison["differences"]]
+    assert len(parts) == 3
+    assert sum(parts) + comparison["rest"] == pytest.approx(margin, rel=1e-4, abs=1e-5)
+    assert "margin" in sarm(*ask).out
+
+
+# ---- steer and eval ------------------------------------------------------------------------
+
+
+def test_steer_writes_a_model_that_scores_differently(sarm, trained, tmp_path):
+    before = SARMScorer.from_pretrained(trained / "rm")
+    talk = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "rain fell"}]
+    explained = before.explain(talk)
+    first, second = explained.contributions[:2]
+    done = sarm("steer", "-m", trained / "rm", "-o", tmp_path / "steered",
+                "-f", f"{first.feature}=0", "-f", f"{second.feature}=-2.5")  # fmt: skip
+    assert done.code == 0
+    assert "2 feature weights changed" in done.out
+    after = SARMScorer.from_pretrained(tmp_path / "steered").score([talk]).item()
+    assert after == pytest.approx(explained.reward - first.value - 3.5 * second.value, abs=1e-4)
+    assert torch.equal(
+        before.score([talk]), SARMScorer.from_pretrained(trained / "rm").score([talk])
+    )
+
+
+def test_eval_prints_and_writes_intervals(sarm, trained, files, tmp_path):
+    ask = ["eval", "-m", trained / "rm", "--preferences", files / "valid.jsonl", "--probe"]
+    done = sarm(*ask, "--json", tmp_path / "results.json", "--cache", trained / "states.sqlite")
+    assert done.code == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["SARM", "dense probe"]
+    estimate = results["SARM"][0]["estimates"]["accuracy"]
+    assert 0.5 < estimate["value"] <= 1
+    assert estimate["low"] <= estimate["value"] <= estimate["high"]
+    assert f"{100 * estimate['value']:.1f}" in done.out
