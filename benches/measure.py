@@ -54,9 +54,16 @@ def header(device: str) -> dict[str, str]:
     """What a number depends on: device, torch, threads, commit."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
-    name = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
     return {
         "device": f"{device} ({name})",
         "torch": torch.__version__,

@@ -22,10 +22,15 @@ SUITES = {"ops": ops.run}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=sorted(SUITES), default="ops")
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", action="append", metavar="N,D,L,K",
-                        help="instead of the suite's shapes; repeatable")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--shape",
+        action="append",
+        metavar="N,D,L,K",
+        help="instead of the suite's shapes; repeatable",
+    )
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
@@ -39,9 +44,11 @@ def main() -> None:
     table = Table("N, d, n_latents, k", "", "ms (p20-p80)", "x GEMM", "x published", box=None)
     for row in rows:
         table.add_row(
-            f"{row['N']}, {row['d_model']}, {row['n_latents']}, {row['k']}", row["name"],
+            f"{row['N']}, {row['d_model']}, {row['n_latents']}, {row['k']}",
+            row["name"],
             f"{row['ms']:.1f} ({row['p20_ms']:.1f}-{row['p80_ms']:.1f})",
-            f"{row['of_floor']:.2f}", f"{row['of_baseline']:.2f}",
+            f"{row['of_floor']:.2f}",
+            f"{row['of_baseline']:.2f}",
         )
     console.print(table)
     if arguments.json:

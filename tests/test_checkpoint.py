@@ -237,17 +237,22 @@ def fails(path, *texts, error=InputError, **options):
 
 
 class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, trap):
+        self.trap = str(trap)
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/sarm-test-was-here",)
+        return os.mkdir, (self.trap,)
 
 
 @pytest.mark.parametrize("content", ["evil", "protocol0", "zip", "empty", "text", "half", "object"])
 def test_a_pt_that_is_not_plain_tensors(content, make_sae, tmp_path):
-    path = tmp_path / "sae_K5_.pt"
+    path, trap = tmp_path / "sae_K5_.pt", tmp_path / "ran"
     if content == "evil":
-        torch.save({"pre_bias": Evil()}, path)
+        torch.save({"pre_bias": Evil(trap)}, path)
     elif content == "protocol0":
-        path.write_bytes(pickle.dumps(Evil(), protocol=0))
+        path.write_bytes(pickle.dumps(Evil(trap), protocol=0))
     elif content == "zip":
         path.write_bytes(b"PK\x03\x04" + os.urandom(300))
     elif content == "empty":
@@ -260,7 +265,7 @@ def test_a_pt_that_is_not_plain_tensors(content, make_sae, tmp_path):
     else:
         torch.save({"model": make_sae()}, path)
     fails(path, "refused, it is corrupt or holds more than plain tensors")
-    assert not os.path.exists("/tmp/sarm-test-was-here")
+    assert not trap.exists()
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {"a": 3}, torch.zeros(3)])

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sarm.checkpoint import read_metadata, replace_file, replace_files, save_sae
+from sarm.checkpoint import SAE_CONFIG, read_metadata, replace_file, replace_files, save_sae
 from sarm.errors import InputError
 from sarm.sae import TopKSAE
 from sarm.states import fingerprint
@@ -166,7 +166,11 @@ class SaeTrainer:
                 now = time.perf_counter()
                 self.seconds, started = self.seconds + now - started, now
                 self.save_progress()
-        save_sae(self.folded(), self.out, {"training": asdict(self.config), **self._last})
+        save_sae(
+            self.folded(),
+            self.out,
+            {"source": origin_of(self.backbone), "training": asdict(self.config), **self._last},
+        )
         return SaeReport(self.states, self.tokens, self.step, seconds=self.seconds, **self._last)
 
     # ---- learning --------------------------------------------------------------------------
@@ -336,6 +340,35 @@ class SaeTrainer:
         for name, value in record["place"].items():
             setattr(self, name, value)
         self._last = record["last"]
+
+
+def origin_of(backbone) -> dict:
+    """What an SAE's `sae.json` says of the backbone it was trained on; see `check_origin`."""
+    return {
+        "layer": backbone.config.num_hidden_layers,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "fingerprint": fingerprint(backbone),
+    }
+
+
+def check_origin(sae_dir: Path, backbone) -> None:
+    """Refuse an SAE that says it was trained on another backbone or layer.
+
+    An SAE without a `sae.json` (a published `.pt`, say) cannot tell, and passes.
+    """
+    path = sae_dir / SAE_CONFIG
+    source = json.loads(path.read_text("utf-8")).get("source") if path.is_file() else None
+    if source is None:
+        return
+    mine = origin_of(backbone)
+    # the fingerprint is of the weights as they are held, so it is comparable within one dtype
+    names = ("layer", "fingerprint") if source["dtype"] == mine["dtype"] else ("layer",)
+    for name in names:
+        if source[name] != mine[name]:
+            raise InputError(
+                f"{sae_dir}: trained on a backbone with {name} {source[name]}, "
+                f"this one has {name} {mine[name]}"
+            )
 
 
 def shuffle(count: int, seed: int, chunk: int, epoch: int) -> Tensor:

@@ -12,10 +12,11 @@ import pytest
 import tiny_sarm
 import torch
 
+from sarm.backbone import load_backbone
 from sarm.checkpoint import load_sae
 from sarm.errors import InputError
 from sarm.training import stream
-from sarm.training.sae import SaeTrainConfig, SaeTrainer, shuffle
+from sarm.training.sae import SaeTrainConfig, SaeTrainer, check_origin, shuffle
 
 CONFIG = SaeTrainConfig(
     n_latents=64, k=4, activations="turn-end", chat=True, context=128,
@@ -417,3 +418,22 @@ def test_the_shuffle_is_pinned():
     orders = {tuple(shuffle(6, 1, c, e).tolist()) for c in (0, 1) for e in (0, 1)}
     assert len(orders) == 4
     assert shuffle(6, 1, 0, 0).tolist() == [4, 3, 0, 5, 2, 1]
+
+
+def test_origin_names_another_layer_or_backbone(train, backbone, backbone_dir, tmp_path):
+    train()
+    check_origin(tmp_path / "out", backbone)
+    with pytest.raises(
+        InputError, match=r"trained on a backbone with layer 2, this one has layer 3"
+    ):
+        check_origin(tmp_path / "out", load_backbone(backbone_dir, 3))
+    with torch.no_grad():
+        backbone.embed_tokens.weight.mul_(1.01)
+    with pytest.raises(InputError, match="trained on a backbone with fingerprint"):
+        check_origin(tmp_path / "out", backbone)
+    check_origin(tmp_path / "out", load_backbone(backbone_dir, dtype=torch.bfloat16))
+
+
+def test_an_sae_that_does_not_say_its_origin_passes(backbone, tmp_path):
+    check_origin(tmp_path, backbone)
+    check_origin(tmp_path / "published_K4.pt", backbone)
