@@ -131,8 +131,8 @@ class SarmForSequenceClassification(PreTrainedModel):
 
         Missing tensors, wrong shapes and non-finite values raise InputError instead of leaving
         random weights behind; layers beyond the cut are passed over. No remote code is ever run.
-        dtype: None keeps the checkpoint's (of the backbone and of the SAE), but fp32 on a CPU that
-        would emulate bf16.
+        device: where the model is put (default: as transformers does).  dtype: None keeps the
+        checkpoint's (of the backbone and of the SAE), but fp32 on a CPU that would emulate bf16.
         """
         text = os.fspath(path_or_id)
         looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1
@@ -146,7 +146,8 @@ class SarmForSequenceClassification(PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         asked = None if asked == "auto" else asked
-        place = torch.device("cuda" if kwargs.get("device_map") else "cpu")
+        device = kwargs.pop("device", None)
+        place = torch.device(device or ("cuda" if kwargs.get("device_map") else "cpu"))
         try:
             with quiet_transformers():
                 if looks_local and not os.path.isfile(os.path.join(text, "config.json")):
@@ -187,6 +188,8 @@ class SarmForSequenceClassification(PreTrainedModel):
                 raise InputError(f"{text}: {name} holds NaN or infinite values")
         model._restore_sae_dtype()
         model.sae.lay_out_by_latent()
+        if device is not None:
+            model.to(device)
         return (model, info) if with_info else model
 
     def _is_dropped(self, name: str) -> bool:
@@ -252,10 +255,15 @@ class SarmForSequenceClassification(PreTrainedModel):
     def folded(self) -> tuple[Tensor, Tensor]:
         """(P, d_model) and (P,): without TopK r = (W_enc^T w)(x - b_pre) + w b_lat, linear in x.
 
-        Cost O(P d_model) a token instead of O(n_latents d_model).
+        Cost O(P d_model) a token instead of O(n_latents d_model). Summed in fp64, a slice of the
+        encoder at a time.
         """
         head = self.score.weight.double()
-        direction = head @ self.sae.encoder.weight.double()
+        direction = head.new_zeros(head.shape[0], self.sae.d_model)
+        for part, rows in zip(
+            head.split(4096, dim=1), self.sae.encoder.weight.split(4096), strict=True
+        ):
+            direction = direction + part @ rows.double()
         offset = head @ self.sae.latent_bias.double() - direction @ self.sae.pre_bias.double()
         return direction.float(), offset.float()
 

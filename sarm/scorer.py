@@ -117,15 +117,13 @@ class SARMScorer:
             raise InputError(f"SARMScorer: quantization must be None, got {quantization!r}")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = SarmForSequenceClassification.from_pretrained(
-            path_or_id, dtype=dtype, revision=revision
+            path_or_id, dtype=dtype, device=device, revision=revision
         )
         folder = Path(path_or_id).expanduser()
         tokenizer = None  # a SARM saved without one scores token ids
         if not folder.is_dir() or any(folder.glob("*token*")):
             tokenizer = load_tokenizer(path_or_id, revision=revision)
-        return cls(
-            model.to(device), tokenizer, max_length=max_length, max_batch_tokens=max_batch_tokens
-        )
+        return cls(model, tokenizer, max_length=max_length, max_batch_tokens=max_batch_tokens)
 
     # ---- scoring ---------------------------------------------------------------------------
 

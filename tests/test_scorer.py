@@ -398,3 +398,17 @@ def test_smollm2_end_to_end(smollm2, smollm2_backbone, chat):
     e = scorer.explain(conversations[0])
     total = sum(c.value for c in e.contributions) + e.rest
     assert total == pytest.approx(rewards[0].item(), abs=1e-4)
+
+
+def test_the_dtype_is_chosen_for_the_scorer_s_device(tmp_path, monkeypatch, scorer):
+    scorer.save_pretrained(tmp_path)
+    asked = []
+
+    def record(device, stored):
+        asked.append(device)
+        raise InputError("stop here")
+
+    monkeypatch.setattr("sarm.modeling.preferred_dtype", record)
+    with pytest.raises(InputError, match="stop here"):
+        SARMScorer.from_pretrained(tmp_path, device="cuda:1")
+    assert asked == [torch.device("cuda:1")]

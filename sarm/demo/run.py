@@ -232,9 +232,12 @@ def _typical(margins: np.ndarray) -> int:
 def _steer(
     scorer: SARMScorer, sae: TopKSAE, states: PairStates, comparison: Comparison
 ) -> Steering:
-    """Switch off the feature that decided the pair most, over all answers at once."""
-    feature = comparison.differences[0].feature
+    """Switch off one of the pair's features, the one that weighs most over all answers."""
     everything = torch.cat([states.chosen, states.rejected])
+    latents = sparse_features(sae, everything).tocsc()
+    weight = scorer.model.score.weight[0].detach().numpy(force=True)
+    listed = [d.feature for d in comparison.differences]
+    feature = max(listed, key=lambda f: abs(latents[:, f].sum() * weight[f]))
     steered = scorer.steer({feature: 0.0})
     with torch.inference_mode():
         before = cast(torch.Tensor, scorer.model.from_states(everything).logits)[:, 0]

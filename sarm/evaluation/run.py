@@ -31,8 +31,8 @@ def run_benchmarks(
 
     States come from `cache` where it has them (the file `train-rm --cache` filled, say).
     """
-    model = SarmForSequenceClassification.from_pretrained(model_dir, dtype=dtype)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = SarmForSequenceClassification.from_pretrained(model_dir, dtype=dtype, device=device)
     max_length = usable_length(model.config, max_length)
     rewards: dict[str, Callable[[Tensor], Tensor]] = {"SARM": _sarm_reward(model)}
     if probe:
