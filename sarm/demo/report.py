@@ -67,7 +67,7 @@ def _accuracy(result: DemoResult):
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(0, 105)
     axes.set_ylabel("held-out accuracy, %")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return figure
 
 
@@ -103,7 +103,8 @@ def _steering(result: DemoResult):
     steering = result.steering
     figure, axes = plt.subplots(figsize=(7, 2.4))
     active = steering.active
-    bins = np.histogram_bin_edges(np.concatenate([steering.before, steering.after]), 40).tolist()
+    both = np.concatenate([steering.before[active], steering.after[active]])
+    bins = np.histogram_bin_edges(both, 30).tolist()
     axes.hist(steering.before[active], bins, color=GREY, alpha=0.7, label="before")
     axes.hist(steering.after[active], bins, histtype="step", color=ORANGE, lw=2, label="after")
     axes.set_xlabel(f"reward of the {active.sum()} answers with feature {steering.feature}")

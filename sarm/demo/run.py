@@ -29,7 +29,7 @@ from sarm.sae import TopKSAE
 from sarm.scorer import SARMScorer
 from sarm.states import StateCache
 from sarm.tokens import ConversationEncoder
-from sarm.training.head import assign_folds, fit_head
+from sarm.training.head import SPARSE_POOL, assign_folds, fit_head
 from sarm.training.reward import (
     PairStates,
     dense_differences,
@@ -122,8 +122,8 @@ def run_demo(out: Path, *, backbone: str | None, seed: int, console: Console) ->
     save_reward(fit, tokenizer, out / "sarm", {"preferences": "sarm demo pairs"})
     clock.lap("head")
     categories = [pair.extra["category"] for pair in pairs]
-    sarm = _held_out(feature_differences(sae, states), categories)
-    probe = _held_out(dense_differences(sae, states), categories)
+    sarm = _held_out(feature_differences(sae, states), categories, SPARSE_POOL)
+    probe = _held_out(dense_differences(sae, states), categories, 0.0)
     clock.lap("cross-validation")
     console.print(_accuracy_table(sarm, probe))
 
@@ -198,11 +198,11 @@ def _train_sae(model, tokenizer, out: Path, seed: int) -> tuple[TopKSAE, SaeRepo
     return trainer.folded(), report
 
 
-def _held_out(differences, categories: list[str]) -> HeldOut:
+def _held_out(differences, categories: list[str], pool: float) -> HeldOut:
     fold_of = assign_folds(range(len(categories)), FOLDS)
     margins = np.zeros(len(categories))
     for fold in range(FOLDS):
-        fit = fit_head(differences[fold_of != fold])
+        fit = fit_head(differences[fold_of != fold], pool=pool)
         margins[fold_of == fold] = differences[fold_of == fold] @ fit.weight
     right = (margins > 0) + 0.5 * (margins == 0)
     each = [str(i) for i in range(len(right))]

@@ -4,9 +4,11 @@ Bradley-Terry with an L2 penalty, over feature differences  D = F(chosen) - F(re
 
     minimise over w   mean_i log(1 + exp(-D_i w))  +  l2/2 * ||s * w||^2
 
-where s_j is the root mean square of column j of D. The penalty is thus measured in units of what a
-feature does to rewards, and a rare feature is not favoured or punished for its scale. No intercept:
-it cancels in differences.
+where s_j^2 = (mean square of column j) + pool * (mean of that over all columns that occur). With
+pool = 0 the fit does not depend on the columns' scales: right for dense features. Sparse features
+want pool = 1 (`SPARSE_POOL`): a latent that hardly differs in training would otherwise get a huge
+weight for fitting one pair, which explodes on a new answer where the latent is active. No
+intercept: it cancels in differences.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from scipy.special import expit
 
 from sarm.errors import InputError
 
+SPARSE_POOL = 1.0
 L2_GRID = tuple(float(x) for x in np.logspace(-4, 1, 11))
 
 
@@ -45,7 +48,12 @@ class HeadFit:
 
 
 def fit_head(
-    differences, *, l2: float | None = None, groups: Sequence | None = None, folds: int = 5
+    differences,
+    *,
+    l2: float | None = None,
+    groups: Sequence | None = None,
+    folds: int = 5,
+    pool: float = 0.0,
 ) -> HeadFit:
     """Fit the head; with l2=None its strength is chosen by cross-validation.
 
@@ -53,6 +61,7 @@ def fit_head(
         differences: (M, F) features of chosen minus rejected, scipy CSR or numpy.
         l2: penalty; None: the best held-out log loss over `L2_GRID`.
         groups: (M,) prompt of each pair; folds never split a prompt.
+        pool: how much of the columns' common scale the penalty uses, see the top.
     Raises:
         InputError: fewer than 2 pairs, non-finite features, no pair that differs, or l2=None with
         pairs of a single prompt.
@@ -67,11 +76,11 @@ def fit_head(
         raise InputError("fit_head: chosen and rejected have equal features in every pair")
     cv: dict[float, float] = {}
     if l2 is None:
-        cv = cross_validate(differences, groups, folds)
+        cv = cross_validate(differences, groups, folds, pool)
         l2 = min(cv, key=lambda value: (cv[value], -value))
     elif not l2 > 0:
         raise InputError(f"fit_head: l2 must be positive, got {l2}")
-    scaled, scale = _scale(differences)
+    scaled, scale = _scale(differences, pool)
     result = _solve(scaled, l2, np.zeros(scaled.shape[1]))
     margins = scaled @ result.x
     return HeadFit(
@@ -86,12 +95,14 @@ def fit_head(
     )
 
 
-def cross_validate(differences, groups: Sequence | None, folds: int) -> dict[float, float]:
+def cross_validate(
+    differences, groups: Sequence | None, folds: int, pool: float = 0.0
+) -> dict[float, float]:
     """Mean held-out log loss of every l2 in `L2_GRID`; strong penalties first, warm-started."""
     fold_of = assign_folds(groups if groups is not None else range(differences.shape[0]), folds)
     if not fold_of.any():
         raise InputError("fit_head: cross-validation needs pairs of 2 prompts or more; give an l2")
-    scaled, _ = _scale(differences)
+    scaled, _ = _scale(differences, pool)
     losses: dict[float, float] = dict.fromkeys(L2_GRID, 0.0)
     for fold in np.unique(fold_of):
         train, test = scaled[fold_of != fold], scaled[fold_of == fold]
@@ -115,15 +126,15 @@ def pair_accuracy(margins: np.ndarray) -> float:
     return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
 
 
-def _scale(differences):
-    """D with every column divided by its root mean square (columns never seen stay zero)."""
+def _scale(differences, pool: float = 0.0):
+    """D with every column divided by its scale s_j (see the top), and the scales."""
     rows = differences.shape[0]
     if sp.issparse(differences):
         square = np.asarray(differences.multiply(differences).sum(axis=0)).ravel() / rows
     else:
         square = np.square(differences, dtype=np.float64).mean(axis=0)
-    scale = np.sqrt(square)
-    scale[scale == 0] = 1.0
+    scale = np.sqrt(square + pool * square[square > 0].mean())
+    scale[scale == 0] = 1.0  # a column that never occurs keeps weight zero
     if sp.issparse(differences):
         return (differences.astype(np.float64) @ sp.diags(1.0 / scale)).tocsr(), scale
     return differences.astype(np.float64) / scale, scale

@@ -21,7 +21,7 @@ from sarm.modeling import SarmForSequenceClassification
 from sarm.sae import TopKSAE
 from sarm.states import StateCache
 from sarm.tokens import ConversationEncoder
-from sarm.training.head import HeadFit, fit_head
+from sarm.training.head import SPARSE_POOL, HeadFit, fit_head
 
 PROBE = "probe.safetensors"
 REPORT = "training.json"
@@ -145,7 +145,7 @@ def train_reward(
         )
     sae = _in_dtype(sae, backbone.dtype)
     states, equal = pair_states(pairs, encoder, cache, progress)
-    head = fit_head(feature_differences(sae, states), l2=l2, groups=states.groups)
+    head = fit_head(feature_differences(sae, states), l2=l2, groups=states.groups, pool=SPARSE_POOL)
     probe = fit_head(dense_differences(sae, states), groups=states.groups)
     weight = torch.from_numpy(head.weight).float()[None]
     model = SarmForSequenceClassification.from_parts(backbone, sae.to(backbone.device), weight)

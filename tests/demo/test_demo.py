@@ -98,7 +98,7 @@ def test_the_saved_sarm_gives_the_explained_rewards(ran):
 def test_held_out_margins_come_from_heads_that_never_saw_the_pair():
     draw = np.random.default_rng(0)
     noise = draw.normal(size=(90, 300))  # fitted, it would be separated perfectly
-    held = demo._held_out(noise, ["a", "b", "c"] * 30)
+    held = demo._held_out(noise, ["a", "b", "c"] * 30, 0.0)
     assert 0.3 < held.accuracy.value < 0.7
     assert list(held.by_category) == ["a", "b", "c"]
 

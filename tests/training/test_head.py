@@ -11,6 +11,7 @@ from sarm.errors import InputError
 from sarm.training import head as head_module
 from sarm.training.head import (
     L2_GRID,
+    SPARSE_POOL,
     assign_folds,
     cross_validate,
     fit_head,
@@ -90,6 +91,24 @@ def test_the_fit_does_not_depend_on_a_columns_scale():
     factors = np.logspace(-2, 2, d.shape[1])
     a, b = fit_head(d, l2=1e-2).weight, fit_head(d * factors, l2=1e-2).weight
     assert np.abs(a - b * factors).max() < 1e-5 * np.abs(a).max()
+
+
+@pytest.mark.parametrize("pool", [0.0, 1.0])
+def test_the_fit_does_not_depend_on_the_unit_of_the_features(pool):
+    d = planted()
+    a, b = (fit_head(x, l2=1e-2, pool=pool).weight for x in (d, d * 1000))
+    assert np.abs(a - b * 1000).max() < 1e-5 * np.abs(a).max()
+
+
+def test_a_latent_hardly_seen_in_training_cannot_dominate_a_new_pair():
+    d = planted() / np.logspace(-3, 3, 40)  # columns of one scale, as an SAE's latents are
+    d[:, 3] = 0
+    d[0, 3] = 1e-3
+    for features in (d, sp.csr_matrix(d)):
+        alone = np.abs(fit_head(features, l2=1e-2, pool=0).weight)
+        pooled = np.abs(fit_head(features, l2=1e-2, pool=SPARSE_POOL).weight)
+        assert alone[3] > 10 * np.delete(alone, 3).max()  # what pooling is for
+        assert pooled[3] < np.delete(pooled, 3).max()
 
 
 def test_columns_never_seen_get_no_weight():
