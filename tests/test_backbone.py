@@ -170,7 +170,6 @@ def test_names_without_the_model_prefix(backbone_dir, tmp_path):
 
 
 @pytest.mark.real_model
-@pytest.mark.slow
 def test_gguf_equals_transformers_own_dequantised_load(smollm2, smollm2_backbone):
     from transformers import GgufConfig
 

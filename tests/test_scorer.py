@@ -380,7 +380,6 @@ def test_bf16_scores_are_fp32_and_close(make_scorer, conversations):
 
 
 @pytest.mark.real_model
-@pytest.mark.slow
 def test_smollm2_end_to_end(smollm2, smollm2_backbone, chat):
     backbone = smollm2_backbone
     torch.manual_seed(0)
