@@ -233,8 +233,8 @@ def train_rm(
     from sarm.checkpoint import load_sae
     from sarm.data import BadRecords, read_preferences
     from sarm.states import StateCache
-    from sarm.tokens import ConversationEncoder
-    from sarm.training.reward import save_reward, train_reward, usable_length, usable_pairs
+    from sarm.tokens import ConversationEncoder, usable_length
+    from sarm.training.reward import save_reward, train_reward, usable_pairs
     from sarm.training.sae import check_origin
 
     _threads(threads)

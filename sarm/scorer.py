@@ -20,7 +20,7 @@ from sarm.checkpoint import replace_files
 from sarm.errors import InputError
 from sarm.modeling import SarmForSequenceClassification
 from sarm.packing import iter_last_states
-from sarm.tokens import Conversation, ConversationEncoder, Encoded
+from sarm.tokens import Conversation, ConversationEncoder, Encoded, usable_length
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ class SARMScorer:
         max_batch_tokens: int | None = None,
     ) -> None:
         self.model = model.eval()
-        limit = getattr(model.config, "max_position_embeddings", None) or max_length
-        self.max_length = min(max_length, limit)
+        self.max_length = usable_length(model.config, max_length)
         self.max_batch_tokens = max_batch_tokens
         self.tokenizer = tokenizer
         self._encoder = ConversationEncoder(tokenizer, self.max_length) if tokenizer else None

@@ -103,6 +103,11 @@ class ConversationEncoder:
         return [*ids, self.tokenizer.eos_token_id]
 
 
+def usable_length(config, max_length: int) -> int:
+    """`max_length`, or the backbone's number of positions where that is smaller."""
+    return min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+
+
 def check_conversation(conversation: Conversation, where: str) -> list[Message]:
     """The messages with plain-text content, or an InputError that names `where`."""
     if isinstance(conversation, (str, bytes)) or not isinstance(conversation, Sequence):

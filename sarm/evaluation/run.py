@@ -13,8 +13,8 @@ from sarm.backbone import load_tokenizer
 from sarm.evaluation.metrics import Benchmark, Result, evaluate
 from sarm.modeling import SarmForSequenceClassification
 from sarm.states import StateCache
-from sarm.tokens import ConversationEncoder
-from sarm.training.reward import load_probe, usable_length
+from sarm.tokens import ConversationEncoder, usable_length
+from sarm.training.reward import load_probe
 
 
 def run_benchmarks(

@@ -74,11 +74,6 @@ def pair_states(
     )
 
 
-def usable_length(config, max_length: int) -> int:
-    """`max_length`, or the backbone's number of positions where that is smaller (as in scoring)."""
-    return min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
-
-
 def usable_pairs(
     pairs: Iterable[PreferencePair], encoder: ConversationEncoder, bad: BadRecords
 ) -> list[PreferencePair]:
