@@ -139,14 +139,17 @@ Tensor gather_sum(Tensor vals, Tensor idx, Tensor w) {
   return out;
 }
 
-Tensor scatter_outer(Tensor a, Tensor idx, Tensor y, int64_t n_latents) {
+Tensor scatter_outer(Tensor a, Tensor idx, Tensor y, int64_t n_latents, bool narrow) {
   const char* op = "sarm_cpu::scatter_outer";
   check_matrix(op, "y", y);
   SARM_CHECK_FLOAT_OR_BF16(op, "y", y);
   check_latents(op, &a, idx, n_latents);
   check_same_size(op, "rows of y and idx", y.size(0), idx.size(0));
   const int64_t N = idx.size(0), K = idx.size(1), D = y.size(1), L = n_latents;
-  Tensor out = torch::stable::new_empty(y, {L, D}, ScalarType::Float);
+  STD_TORCH_CHECK(!narrow || y.scalar_type() == ScalarType::BFloat16, op,
+                  ": a bfloat16 result needs a bfloat16 y");
+  Tensor out =
+      torch::stable::new_empty(y, {L, D}, narrow ? ScalarType::BFloat16 : ScalarType::Float);
   std::vector<float> coef(N * K);
   std::vector<int64_t> row(N * K), offset(L + 1);
   cpu::group_by_latent(a.const_data_ptr<float>(), idx.const_data_ptr<int64_t>(), N, K, L,
@@ -160,15 +163,17 @@ Tensor scatter_outer(Tensor a, Tensor idx, Tensor y, int64_t n_latents) {
     while (l < L && offset[l] + l < (N * K + L) / tasks * t) ++l;
     cut[t] = l;
   }
-  float* o = out.mutable_data_ptr<float>();
   const bool wide = y.scalar_type() == ScalarType::Float;
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     if (wide) {
-      cpu::segment_sum(coef.data(), row.data(), offset.data(), y.const_data_ptr<float>(), o,
-                       cut[begin], cut[end], D);
+      cpu::segment_sum(coef.data(), row.data(), offset.data(), y.const_data_ptr<float>(),
+                       out.mutable_data_ptr<float>(), cut[begin], cut[end], D);
+    } else if (narrow) {
+      cpu::segment_sum(coef.data(), row.data(), offset.data(), bf16_data(y),
+                       static_cast<bf16*>(out.mutable_data_ptr()), cut[begin], cut[end], D);
     } else {
-      cpu::segment_sum(coef.data(), row.data(), offset.data(), bf16_data(y), o, cut[begin],
-                       cut[end], D);
+      cpu::segment_sum(coef.data(), row.data(), offset.data(), bf16_data(y),
+                       out.mutable_data_ptr<float>(), cut[begin], cut[end], D);
     }
   });
   return out;
@@ -204,7 +209,7 @@ STABLE_TORCH_LIBRARY(sarm_cpu, m) {
   m.def("sparse_value(Tensor vals, Tensor idx, Tensor w_head) -> Tensor");
   m.def("gather_dot(Tensor y, Tensor idx, Tensor w) -> Tensor");
   m.def("gather_sum(Tensor vals, Tensor idx, Tensor w) -> Tensor");
-  m.def("scatter_outer(Tensor a, Tensor idx, Tensor y, int n_latents) -> Tensor");
+  m.def("scatter_outer(Tensor a, Tensor idx, Tensor y, int n_latents, bool narrow) -> Tensor");
   m.def("select_topk(Tensor pre, Tensor(a!) vals, Tensor(b!) idx) -> ()");
 }
 

@@ -68,9 +68,9 @@ def gather_dot(y: Tensor, idx: Tensor, w: Tensor) -> Tensor:
     return _KERNELS.gather_dot(y, idx, w)
 
 
-def scatter_outer(a: Tensor, idx: Tensor, y: Tensor, n_latents: int) -> Tensor:
+def scatter_outer(a: Tensor, idx: Tensor, y: Tensor, n_latents: int, dtype: torch.dtype) -> Tensor:
     """C++: counting sort by latent, then parallel over latents."""
-    return _KERNELS.scatter_outer(a, idx, y, n_latents)
+    return _KERNELS.scatter_outer(a, idx, y, n_latents, dtype == torch.bfloat16)
 
 
 OPS: dict[str, Callable[..., Any]] = {

@@ -81,7 +81,7 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         d_y = torch.ops.sarm.gather_sum(d_out, idx, w)
     if ctx.needs_input_grad[2]:
-        d_w = torch.ops.sarm.scatter_outer(d_out, idx, y, w.shape[0]).to(w.dtype)
+        d_w = torch.ops.sarm.scatter_outer(d_out, idx, y, w.shape[0], w.dtype)
     return d_y, None, d_w
 
 

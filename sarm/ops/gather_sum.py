@@ -72,7 +72,7 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         d_vals = torch.ops.sarm.gather_dot(d_out, idx, w)
     if ctx.needs_input_grad[2]:
-        d_w = torch.ops.sarm.scatter_outer(vals, idx, d_out, w.shape[0]).to(w.dtype)
+        d_w = torch.ops.sarm.scatter_outer(vals, idx, d_out, w.shape[0], w.dtype)
     return d_vals, None, d_w
 
 

@@ -110,9 +110,9 @@ def gather_dot(y: Tensor, idx: Tensor, w: Tensor) -> Tensor:
     return out
 
 
-def scatter_outer(a: Tensor, idx: Tensor, y: Tensor, n_latents: int) -> Tensor:
+def scatter_outer(a: Tensor, idx: Tensor, y: Tensor, n_latents: int, dtype: torch.dtype) -> Tensor:
     """out[l] = sum over (n, j) with idx[n, j] == l of a[n, j] y[n]."""
-    out = a.new_zeros((n_latents, y.shape[1]))
+    out = a.new_zeros((n_latents, y.shape[1]), dtype=dtype)
     if idx.numel() == 0 or y.shape[1] == 0:
         return out
     # Group the entries by latent and sum the groups: index_add_ would use float atomics on CUDA.

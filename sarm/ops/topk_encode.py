@@ -116,7 +116,7 @@ def _backward(ctx: Any, d_vals: Tensor | None, d_idx: None) -> tuple[Tensor | No
     if ctx.needs_input_grad[0]:
         d_x = ops.gather_sum(d_vals, idx, w_enc)
     if ctx.needs_input_grad[1]:
-        d_w_enc = ops.scatter_outer(d_vals, idx, x, n_latents).to(w_enc.dtype)
+        d_w_enc = ops.scatter_outer(d_vals, idx, x, n_latents, w_enc.dtype)
     if ctx.needs_input_grad[2]:
         ones = d_vals.new_ones((x.shape[0], 1))
         d_b_enc = ops.scatter_outer(d_vals, idx, ones, n_latents).squeeze(1)

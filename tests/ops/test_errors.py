@@ -72,6 +72,10 @@ CASES = [
      "scatter_outer: a and idx must have one shape (N, k), got (3, 1) and (3, 2)"),
     ("scatter_outer", (t(N, K, dtype=torch.float64), IDX, t(N, D), L), TypeError,
      "scatter_outer: a must be float32 (y is torch.float32), got float64"),
+    ("scatter_outer", (t(N, K), IDX, t(N, D), L, torch.bfloat16), TypeError,
+     "scatter_outer: dtype must be float32, got bfloat16"),
+    ("scatter_outer", (t(N, K), IDX, t(N, D, dtype=torch.bfloat16), L, torch.float64), TypeError,
+     "scatter_outer: dtype must be float32 | bfloat16, got float64"),
 ]  # fmt: skip
 
 
@@ -99,7 +103,8 @@ def test_index_out_of_range(backend, op, arguments, bad):
         getattr(ops, op)(*arguments(idx))
     if backend == "cpu":  # the C++ side does not rely on the caller for memory safety
         with pytest.raises(RuntimeError, match=text):
-            getattr(torch.ops.sarm_cpu, op)(*arguments(idx))
+            private = getattr(torch.ops.sarm_cpu, op)
+            private(*arguments(idx), *([False] if op == "scatter_outer" else []))
 
 
 def test_errors_while_tracing():

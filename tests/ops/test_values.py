@@ -62,6 +62,8 @@ def test_scatter_outer(backend, shape, dtype, latents, check_error):
     assert out.dtype == torch.float32
     torchs = dense(a, idx, n_latents).t() @ y.float()
     check_error(out, torchs, dense(a.double(), idx, n_latents).t() @ y.double())
+    # Asked for in y's dtype: the same sums, rounded once.
+    assert torch.equal(ops.scatter_outer(a, idx, y, n_latents, dtype), out.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,16 +114,24 @@ def test_any_shape(backend, check_error, n, n_latents, d, k, seed):
     y = torch.randn(n, d, generator=generator)
     w = torch.randn(n_latents, d, generator=generator)
     act, wide = dense(vals, idx, n_latents), dense(vals.double(), idx, n_latents)
-    check_error(ops.gather_sum(vals, idx, w), act @ w, wide @ w.double())
+    y64, w64 = y.double(), w.double()
+    check_error(ops.gather_sum(vals, idx, w), act @ w, wide @ w64, wide.abs() @ w64.abs())
     check_error(
         ops.gather_dot(y, idx, w),
         (y @ w.t()).gather(1, idx),
-        (y.double() @ w.double().t()).gather(1, idx),
+        (y64 @ w64.t()).gather(1, idx),
+        y64.abs() @ w64.abs().t(),
     )
-    check_error(ops.scatter_outer(vals, idx, y, n_latents), act.t() @ y, wide.t() @ y.double())
-    b_enc = torch.zeros(n_latents)
-    found, _ = ops.topk_encode(y, w, b_enc, k)
-    check_error(found, (y @ w.t()).topk(k).values, (y.double() @ w.double().t()).topk(k).values)
+    check_error(
+        ops.scatter_outer(vals, idx, y, n_latents),
+        act.t() @ y,
+        wide.t() @ y64,
+        wide.abs().t() @ y64.abs(),
+    )
+    found, _ = ops.topk_encode(y, w, torch.zeros(n_latents), k)
+    check_error(
+        found, (y @ w.t()).topk(k).values, (y64 @ w64.t()).topk(k).values, y64.abs() @ w64.abs().t()
+    )
 
 
 def test_bf16_results_are_rounded_to_nearest_even(backend):
