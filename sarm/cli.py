@@ -5,6 +5,7 @@ Bad input is one line on stderr and exit code 2; SARM_DEBUG=1 shows the tracebac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -143,6 +144,13 @@ def train_sae(
         str, typer.Option(help="token, sentence, or turn-end (what a reward model scores).")
     ] = "sentence",
     chat: Annotated[bool, typer.Option(help="Put each text into an assistant turn.")] = False,
+    conversations: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also learn from the scored tokens of these: preference rows, `messages`, or "
+            "`prompt` with `completion`. Mixed evenly with the text's states."
+        ),
+    ] = None,
     context: Annotated[int, typer.Option(help="Tokens of a document seen at once.")] = 1024,
     max_states: Annotated[int | None, typer.Option(help="Stop after so many states.")] = None,
     passes: Annotated[int, typer.Option(help="Times each chunk of states is learnt from.")] = 1,
@@ -152,6 +160,7 @@ def train_sae(
     ] = None,
     standardize: Annotated[bool, typer.Option(help="Per dimension; folded on saving.")] = True,
     text_key: Annotated[str, typer.Option(help="Field of the rows that holds the text.")] = "text",
+    cache: Cache = None,
     seed: int = 0,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -159,7 +168,8 @@ def train_sae(
 ) -> None:
     """Train a TopK SAE on a backbone's residual stream; resumes when it was killed."""
     from sarm.backbone import load_backbone, load_tokenizer
-    from sarm.data import BadRecords, read_texts
+    from sarm.data import BadRecords, read_conversations, read_texts, usable_conversations
+    from sarm.states import StateCache
     from sarm.training.sae import SaeTrainConfig, SaeTrainer
 
     _threads(threads)
@@ -179,14 +189,20 @@ def train_sae(
         standardize=standardize,
         seed=seed,
     )
-    trainer = SaeTrainer(model, load_tokenizer(backbone), config, out)
     bad = BadRecords(skip=skip_bad)
 
     def texts():
-        bad.count = 0
+        bad.count = 0  # the corpus is read more than once
         return (body for _, body in read_texts(text, bad, text_key))
 
-    with bars() as add:
+    def turns():
+        found = (turn for source in conversations or [] for turn in read_conversations(source, bad))
+        return usable_conversations(found, trainer.maker.encoder, bad) if skip_bad else found
+
+    with contextlib.ExitStack() as stack:
+        states = stack.enter_context(StateCache(cache, model)) if cache else None
+        trainer = SaeTrainer(model, load_tokenizer(backbone), config, out, states)
+        add = stack.enter_context(bars())
         collect, learn = add("backbone, states", None), add("SAE, steps", None)
 
         def on_step(metrics: dict[str, float]) -> None:
@@ -195,6 +211,7 @@ def train_sae(
 
         report = trainer.run(
             texts,
+            turns if conversations else None,
             on_survey=lambda corpus: collect.to(0, corpus.states),
             on_states=collect.advance,
             on_step=on_step,
@@ -451,8 +468,7 @@ def demo(
 def _conversation(source, row: int, prompt: str | None, response: str | None) -> list[dict]:
     import itertools
 
-    from sarm.data import read_records
-    from sarm.scorefile import to_conversation
+    from sarm.data import read_records, to_conversation
 
     if source is None:
         if prompt is None or response is None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sarm.errors import InputError, first_line
-from sarm.tokens import Message
+from sarm.tokens import ConversationEncoder, Message
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".parquet")
 
@@ -157,6 +157,69 @@ def to_pair(record: Record) -> PreferencePair:
         prompt = []  # whole conversations beside their prompt, as in UltraFeedback
     extra = {k: v for k, v in row.items() if k not in ("prompt", "chosen", "rejected")}
     return PreferencePair([*prompt, *chosen], [*prompt, *rejected], record.where, extra)
+
+
+def read_conversations(
+    source: str | Path, bad: BadRecords | None = None
+) -> Iterator[tuple[str, list[Message]]]:
+    """(where, messages) of every conversation: of scoring rows, and both sides of preferences."""
+    bad = bad or BadRecords()
+    for record in read_records(source, bad):
+        try:
+            if "chosen" in record.fields:
+                pair = to_pair(record)
+                sides = [("chosen", pair.chosen), ("rejected", pair.rejected)]
+                found = [(f"{record.where} ({side})", turns) for side, turns in sides]
+            else:
+                found = [(record.where, to_conversation(record))]
+        except InputError as error:
+            bad.report(str(error))
+        else:
+            yield from found
+
+
+def usable_conversations(
+    conversations: Iterable[tuple[str, list[Message]]],
+    encoder: ConversationEncoder,
+    bad: BadRecords,
+) -> Iterator[tuple[str, list[Message]]]:
+    """Those the chat template accepts; the others are reported to `bad`."""
+    for where, turns in conversations:
+        try:
+            encoder.render(turns, where)
+        except InputError as error:
+            bad.report(str(error))
+        else:
+            yield where, turns
+
+
+def to_conversation(record: Record) -> list[Message]:
+    """A row with `messages`, or with `prompt` and `completion` or `response`."""
+    fields = record.fields
+    if isinstance(fields.get("messages"), list):
+        return fields["messages"]
+    answer = fields.get("completion", fields.get("response"))
+    if "prompt" not in fields or answer is None:
+        have = ", ".join(fields) or "nothing"
+        raise InputError(
+            f"{record.where}: expected `messages`, or `prompt` with `completion` or `response`; "
+            f"got {have}"
+        )
+    return join_turns(fields["prompt"], answer, record.where)
+
+
+def join_turns(prompt, completion, where: str) -> list[Message]:
+    """One conversation from a prompt and a completion, each a string or a message list."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(prompt, (list, tuple)) or not isinstance(completion, (list, tuple)):
+        raise InputError(
+            f"{where}: prompt and completion must be strings or message lists, got "
+            f"{type(prompt).__name__} and {type(completion).__name__}"
+        )
+    return [*prompt, *completion]
 
 
 def _begins(conversation: list[Message], prompt: list[Message]) -> bool:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sarm.checkpoint import replace_file
-from sarm.data import BadRecords, Record, read_records
+from sarm.data import BadRecords, Record, read_records, to_conversation
 from sarm.errors import InputError
-from sarm.scorer import SARMScorer, join_turns
+from sarm.scorer import SARMScorer
 from sarm.states import fingerprint
 
 
@@ -88,24 +88,6 @@ def score_file(
     os.replace(partial, out)
     note.unlink()
     return ScoreFileReport(scored, resumed, truncated, bad.count)
-
-
-def to_conversation(record: Record) -> list[dict]:
-    """The conversation of one input row."""
-    fields = record.fields
-    if isinstance(fields.get("messages"), list):
-        return fields["messages"]
-    answer = fields.get("completion", fields.get("response"))
-    if "prompt" not in fields or answer is None:
-        have = ", ".join(fields) or "nothing"
-        raise InputError(
-            f"{record.where}: expected `messages`, or `prompt` with `completion` or `response`; "
-            f"got {have}"
-        )
-    try:
-        return join_turns(fields["prompt"], answer, 0)
-    except InputError as error:
-        raise InputError(str(error).replace("item 0", record.where)) from error
 
 
 def _score_block(scorer: SARMScorer, rows: list[tuple[int, Record]], bad: BadRecords) -> list[dict]:

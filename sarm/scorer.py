@@ -17,6 +17,7 @@ from torch import Tensor
 from sarm import ops
 from sarm.backbone import load_tokenizer
 from sarm.checkpoint import replace_files
+from sarm.data import join_turns
 from sarm.errors import InputError
 from sarm.modeling import SarmForSequenceClassification
 from sarm.packing import iter_last_states
@@ -210,7 +211,7 @@ class SARMScorer:
             )
         items = [i for i, c in enumerate(completions) if c is not None]
         rewards = self.score(
-            [join_turns(prompts[i], completions[i], i) for i in items],
+            [join_turns(prompts[i], completions[i], f"item {i}") for i in items],
             where=lambda at: f"item {items[at]}",
         )
         out: list[float | None] = [None] * len(completions)
@@ -313,17 +314,3 @@ class SARMScorer:
             states[indices] = part
         with torch.inference_mode():
             return self.model.sae.encode(states.to(self.model.device))
-
-
-def join_turns(prompt, completion, index: int) -> list[dict]:
-    """One conversation from a prompt and a completion, each a string or a message list."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    if not isinstance(prompt, (list, tuple)) or not isinstance(completion, (list, tuple)):
-        raise InputError(
-            f"item {index}: prompt and completion must be strings or message lists, got "
-            f"{type(prompt).__name__} and {type(completion).__name__}"
-        )
-    return [*prompt, *completion]

@@ -6,7 +6,7 @@ import torch
 
 import sarm
 from sarm import InputError, SARMScorer
-from sarm.scorer import join_turns
+from sarm.data import join_turns
 
 ANSWERS = ("hello", "the quick brown fox", "no", "please open the settings and choose reset " * 3)
 
@@ -201,7 +201,7 @@ def test_trl_bad_input_names_the_item(prompts, completions, text, make_scorer):
 
 def test_join_turns_changes_nothing(chat):
     prompt, completion = chat("a"), ({"role": "assistant", "content": "b"},)
-    assert join_turns(prompt, completion, 0) == chat("a", "b")
+    assert join_turns(prompt, completion, "item 0") == chat("a", "b")
     assert len(prompt) == 1
 
 

@@ -1,6 +1,6 @@
 """Which residual states an SAE learns from, and the stream of them from text.
 
-Three kinds of position (`kind`):
+Three kinds of position in text (`kind`):
 
 - "token": every token;
 - "sentence": the last token of each sentence (ends in . ? ; !; spans under 10 tokens are merged),
@@ -13,27 +13,38 @@ Three kinds of position (`kind`):
 
 from __future__ import annotations
 
+import functools
+import heapq
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jinja2
 import torch
 from torch import Tensor
 
 from sarm.errors import InputError
-from sarm.tokens import ConversationEncoder
+from sarm.tokens import Conversation, ConversationEncoder
+
+T = TypeVar("T")
 
 KINDS = ("token", "sentence", "turn-end")
+SCORED = "scored"
 SENTENCE_ENDS = (".", "?", ";", "!")
 MIN_SPAN = 10  # tokens; shorter spans join the next sentence
 
 
 @dataclass(frozen=True)
 class Window:
-    """A piece of a document that fits the context: token ids and the positions to read."""
+    """A piece of a document that fits the context: token ids and the positions to read.
+
+    kind: how they are read, one of `KINDS` or "scored".
+    """
 
     ids: list[int]
     positions: list[int]
+    kind: str
 
 
 class WindowMaker:
@@ -90,16 +101,28 @@ class WindowMaker:
         ends[[i for i in self.tokenizer.all_special_ids if i < len(ends)]] = True
         return ends
 
+    @functools.cached_property
+    def encoder(self) -> ConversationEncoder:
+        """Turns conversations into token ids, as a scorer does."""
+        return ConversationEncoder(self.tokenizer, self.context)
+
     def windows(self, texts: Iterable[str], batch: int = 256) -> Iterator[list[Window]]:
         """The windows of each document, documents in order (a list may be empty)."""
-        pending: list[str] = []
-        for text in texts:
-            pending.append(text)
-            if len(pending) == batch:
-                yield from self._batch(pending)
-                pending = []
-        if pending:
-            yield from self._batch(pending)
+        for some in _batched(texts, batch):
+            yield from self._batch(some)
+
+    def scored(
+        self, conversations: Iterable[tuple[str, Conversation]], batch: int = 256
+    ) -> Iterator[list[Window]]:
+        """One window for each (where, conversation), cut from the left to the context.
+
+        Raises:
+            InputError: names the conversation the chat template refuses.
+        """
+        for some in _batched(conversations, batch):
+            where = [place for place, _ in some]
+            for encoded in self.encoder.encode([turns for _, turns in some], where.__getitem__):
+                yield [Window(encoded.ids, [len(encoded.ids) - 1], SCORED)]
 
     def _batch(self, texts: list[str]) -> Iterator[list[Window]]:
         for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]:
@@ -120,7 +143,29 @@ class WindowMaker:
                     last = i
             if last < len(ids) - 1:
                 positions.append(start + len(ids) - 1)
-        return Window(self._head + list(ids), positions)
+        return Window(self._head + list(ids), positions, self.kind)
+
+
+def mixture(*sources: Iterable[list[Window]]) -> Iterator[list[Window]]:
+    """Documents of all sources, the next one always from that which gave the fewest states so far.
+
+    So every chunk of a long corpus holds each source's states in equal parts, while they last.
+    """
+    given = [(0, order, iter(source)) for order, source in enumerate(sources)]
+    while given:
+        states, order, source = heapq.heappop(given)
+        for windows in source:
+            states += sum(len(window.positions) for window in windows)
+            heapq.heappush(given, (states, order, source))
+            yield windows
+            break
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items; `itertools.batched` is Python 3.12's."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
 
 
 def adds_bos(tokenizer) -> bool:
@@ -140,10 +185,10 @@ def turn_end_id(tokenizer) -> int:
 
 
 @torch.inference_mode()
-def window_states(backbone, window: Window, kind: str, end_id: int | None) -> Tensor:
+def window_states(backbone, window: Window, end_id: int | None) -> Tensor:
     """(len(window.positions), d_model) fp32 states on the CPU; turn-end needs `end_id`."""
     device = backbone.device
-    if kind != "turn-end":
+    if window.kind != "turn-end":
         ids = torch.tensor([window.ids], device=device)
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
         return hidden[window.positions].float().cpu()

@@ -24,8 +24,9 @@ from torch import Tensor
 from sarm.checkpoint import SAE_CONFIG, read_metadata, replace_file, replace_files, save_sae
 from sarm.errors import InputError
 from sarm.sae import TopKSAE
-from sarm.states import fingerprint
-from sarm.training.activations import WindowMaker
+from sarm.states import StateCache, fingerprint
+from sarm.tokens import Conversation
+from sarm.training.activations import WindowMaker, mixture
 from sarm.training.stream import Chunk, Corpus, StateStream, survey
 
 CHECKPOINT = (
@@ -98,20 +99,30 @@ class SaeReport:
 
 
 class SaeTrainer:
-    """Streams text through the backbone and trains an SAE on its states.
+    """Streams text and conversations through the backbone and trains an SAE on its states.
 
     Args:
         backbone, tokenizer: the cut decoder and its tokenizer.
         config: see `SaeTrainConfig`.
         out: folder of the SAE; `out/.progress` holds what a resumed run needs.
+        cache: states of conversations are looked up and kept in it, see `StateStream`.
     """
 
-    def __init__(self, backbone, tokenizer, config: SaeTrainConfig, out: str | Path) -> None:
+    def __init__(
+        self,
+        backbone,
+        tokenizer,
+        config: SaeTrainConfig,
+        out: str | Path,
+        cache: StateCache | None = None,
+    ) -> None:
         self.config, self.out = config, Path(out)
         self.backbone = backbone
         self.maker = WindowMaker(tokenizer, config.activations, config.context, config.chat)
         self.work = self.out / ".progress"
-        self.stream = StateStream(backbone, self.maker, self.work / "states", config.chunk_states)
+        self.stream = StateStream(
+            backbone, self.maker.end_id, self.work / "states", config.chunk_states, cache=cache
+        )
         d_model = backbone.config.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -128,6 +139,7 @@ class SaeTrainer:
     def run(
         self,
         texts: Callable[[], Iterable[str]],
+        conversations: Callable[[], Iterable[tuple[str, Conversation]]] | None = None,
         *,
         on_survey: Callable[[Corpus], None] = lambda corpus: None,
         on_states: Callable[[int], None] = lambda states: None,
@@ -137,12 +149,21 @@ class SaeTrainer:
 
         Args:
             texts: makes a fresh iterator over the documents each time it is called.
+            conversations: the same for (where, conversation). They give one state each, at the
+                token that is scored, and are mixed in evenly.
             on_survey, on_states, on_step: progress, see `Corpus` and the metrics of a step.
         Raises:
             InputError: empty corpus, loss not finite, or a folder with another run: other
             settings, another backbone, another corpus.
         """
-        corpus = survey(texts(), self.maker, self.config.max_states, self.config.chunk_states)
+
+        def windows():
+            text = self.maker.windows(texts())
+            return (
+                text if conversations is None else mixture(text, self.maker.scored(conversations()))
+            )
+
+        corpus = survey(windows(), self.config.max_states, self.config.chunk_states)
         if corpus.states < 2:
             raise InputError("train-sae: the corpus gives fewer than 2 states to learn from")
         self._claim(corpus)
@@ -154,7 +175,7 @@ class SaeTrainer:
         started = time.perf_counter()
         if self.states < corpus.states:
             for chunk in self.stream.chunks(
-                texts(),
+                windows(),
                 documents_done=self.documents,
                 limit=corpus.states - self.states,
                 progress=on_states,

@@ -1,4 +1,4 @@
-"""Residual states from text, in chunks, with every finished piece kept on disk.
+"""Residual states of a corpus, in chunks, with every finished piece kept on disk.
 
 A chunk is what the SAE shuffles and learns from at once. It is collected in pieces of a few
 thousand states; each piece is a file as soon as it is whole, so a killed run loses seconds of
@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sarm.checkpoint import replace_file
+from sarm.packing import iter_last_states
 from sarm.sae import normalize_tokens
-from sarm.training.activations import Window, WindowMaker, window_states
+from sarm.states import StateCache
+from sarm.training.activations import SCORED, Window, window_states
 
 PIECE = 4096  # states in a file
 
@@ -50,14 +52,12 @@ class Corpus:
         return sum(self.chunks)
 
 
-def survey(
-    texts: Iterable[str], maker: WindowMaker, limit: int | None, chunk_states: int
-) -> Corpus:
-    """Count a corpus up to `limit` states; costs a tokenisation."""
+def survey(corpus: Iterable[list[Window]], limit: int | None, chunk_states: int) -> Corpus:
+    """Count a corpus (the windows of every document) up to `limit` states."""
     documents = tokens = have = 0
     left = math.inf if limit is None else limit
     chunks: list[int] = []
-    for windows in maker.windows(texts):
+    for windows in corpus:
         documents += 1
         tokens += sum(len(w.ids) for w in windows)
         have += sum(len(w.positions) for w in windows)
@@ -75,35 +75,39 @@ class StateStream:
     A chunk ends with the first document that brings it to `chunk_states`.
 
     Args:
-        backbone, maker: the cut decoder and what cuts documents for it.
+        backbone: the cut decoder.
+        end_id: ends a turn, for windows of the kind "turn-end".
         folder: where pieces of the chunk in progress are kept.
         chunk_states: states a chunk holds at least (the last may hold fewer).
         normalization: "token" or "none", as in `TopKSAE`.
+        cache: where states of conversations are looked up and kept. A state found there was
+            computed in another batch and may differ in its last bits.
     """
 
     def __init__(
         self,
         backbone,
-        maker: WindowMaker,
+        end_id: int | None,
         folder: Path,
         chunk_states: int,
         normalization: str = "token",
+        cache: StateCache | None = None,
     ) -> None:
-        self.backbone, self.maker = backbone, maker
+        self.backbone, self.end_id, self.cache = backbone, end_id, cache
         self.folder, self.chunk_states = Path(folder), chunk_states
         self.normalization = normalization
 
     def chunks(
         self,
-        texts: Iterable[str],
+        corpus: Iterable[list[Window]],
         *,
         documents_done: int = 0,
         limit: int | None = None,
         progress: Callable[[int], None] = lambda states: None,
     ) -> Iterator[Chunk]:
-        """Chunks of the texts after the first `documents_done`; stops at `limit` states exactly.
+        """Chunks of the documents after the first `documents_done`, `limit` states at most.
 
-        The texts are read once, from their beginning. `progress(states)` is called with the states
+        The corpus is read once, from its beginning. `progress(states)` is called with the states
         collected since the last call.
         """
         windows, collected = None, 0
@@ -113,8 +117,8 @@ class StateStream:
             parts, documents, tokens = self._finished_pieces(documents_done)
             have = sum(len(part) for part in parts)
             progress(have)
-            if windows is None:  # the texts go on where the pieces of an interrupted run end
-                windows = self.maker.windows(itertools.islice(texts, documents, None))
+            if windows is None:  # go on where the pieces of an interrupted run end
+                windows = itertools.islice(corpus, documents, None)
             while have < want and (piece := self._piece(windows, min(PIECE, want - have))):
                 part, consumed, ran = piece
                 documents, tokens = documents + consumed, tokens + ran
@@ -138,18 +142,38 @@ class StateStream:
         self, documents: Iterator[list[Window]], size: int
     ) -> tuple[Tensor, int, int] | None:
         """(states, documents, tokens) of the next documents, until they give `size` states."""
-        states: list[Tensor] = []
-        count = consumed = tokens = 0
+        piece: list[Window] = []
+        count = consumed = 0
         for windows in documents:
             consumed += 1
-            for window in windows:
-                part = window_states(self.backbone, window, self.maker.kind, self.maker.end_id)
-                states.append(normalize_tokens(part) if self.normalization == "token" else part)
-                count += len(part)
-                tokens += len(window.ids)
+            piece += windows
+            count += sum(len(window.positions) for window in windows)
             if count >= size:
                 break
-        return (torch.cat(states), consumed, tokens) if states else None
+        if not piece:
+            return None
+        states = self._states(piece)
+        if self.normalization == "token":
+            states = normalize_tokens(states)
+        return states, consumed, sum(len(window.ids) for window in piece)
+
+    def _states(self, piece: list[Window]) -> Tensor:
+        """(states of all windows, in order, d_model); conversations run together in batches."""
+        parts: list[Tensor] = [torch.empty(0)] * len(piece)
+        scored = [i for i, window in enumerate(piece) if window.kind == SCORED]
+        rows = [piece[i].ids for i in scored]
+        for i, window in enumerate(piece):
+            if window.kind != SCORED:
+                parts[i] = window_states(self.backbone, window, self.end_id)
+        batches: Iterable[tuple[Sequence[int], Tensor]] = (
+            iter_last_states(self.backbone, rows)
+            if self.cache is None
+            else [(range(len(rows)), self.cache.states(rows))]
+        )
+        for indices, states in batches:
+            for i, state in zip(indices, states, strict=True):
+                parts[scored[i]] = state[None]
+        return torch.cat(parts)
 
     def _write_piece(
         self, number: int, part: Tensor, start: int, documents: int, tokens: int

@@ -131,6 +131,25 @@ def test_train_sae_on_missing_and_malformed_text(train_sae, tmp_path):
     assert "fewer than 2 states" in train_sae(text=path)
 
 
+def test_train_sae_on_conversations_that_cannot_be_read(
+    train_sae, sarm, backbone_dir, files, tmp_path
+):
+    path = tmp_path / "turns.jsonl"
+    options = ["--n-latents", 64, "--k", 4, "--conversations", path]
+    assert "no such file" in train_sae(*options)
+    path.write_text('{"text": "hello"}\n')
+    assert f"{path}:1: expected `messages`" in train_sae(*options)
+    good = {"prompt": "the cat", "completion": "sat"}
+    robot = {"messages": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path.write_text("\n".join(map(json.dumps, [good, robot, good])))
+    assert f"{path}:2: the chat template refuses it" in train_sae(*options)
+    path.write_text(path.read_text() + '\n{"chosen": "a"}\n')
+    done = sarm("train-sae", backbone_dir, files / "text.jsonl", "-o", tmp_path / "sae",
+                *options, "--skip-bad")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "skipped 2 malformed rows" in done.err
+
+
 def test_train_sae_skips_and_counts_bad_rows_when_asked(sarm, backbone_dir, tmp_path):
     path = tmp_path / "bad.jsonl"
     rows = [json.dumps({"text": t}) for t in tiny_sarm.make_texts(20)]

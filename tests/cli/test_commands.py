@@ -1,6 +1,7 @@
 """Every command on a tiny checkpoint: what it prints and writes."""
 
 import json
+import re
 
 import pytest
 import tiny_sarm
@@ -40,6 +41,35 @@ def test_train_sae_reports_and_writes(trained, sarm, backbone_dir, files):
     assert again.code == 0
     assert "FVU" in again.out
     assert "dead" in again.out
+
+
+def test_train_sae_learns_from_conversations_and_train_rm_reuses_their_states(
+    sarm, backbone_dir, files, tmp_path
+):
+    cache, prefs = tmp_path / "states.sqlite", files / "train.jsonl"
+    done = sarm(
+        "train-sae", backbone_dir, files / "text.jsonl", "-o", tmp_path / "sae", "--n-latents", 64,
+        "--k", 4, "--activations", "turn-end", "--chat", "--conversations", prefs,
+        "--cache", cache,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    texts_alone = sarm(
+        "train-sae", backbone_dir, files / "text.jsonl", "-o", tmp_path / "alone", "--n-latents",
+        64, "--k", 4, "--activations", "turn-end", "--chat",
+    )  # fmt: skip
+    conversations = 2 * len(prefs.read_text().splitlines())
+    assert states_reported(done) == states_reported(texts_alone) + conversations
+    before = cache.read_bytes()
+    done = sarm(
+        "train-rm", backbone_dir, tmp_path / "sae", prefs, "-o", tmp_path / "sarm",
+        "--cache", cache, "--max-length", 1024,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert cache.read_bytes() == before
+
+
+def states_reported(done):
+    return int(re.search(r": (\d+) states from", done.out).group(1))
 
 
 def test_train_rm_reports_the_head_and_the_probe(sarm, trained, backbone_dir, files, tmp_path):

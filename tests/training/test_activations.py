@@ -44,7 +44,7 @@ def test_turn_end_states_equal_running_every_prefix_alone(any_backbone, tokenize
     (window,) = read(tokenizer, text, "turn-end", context=256)
     assert len(window.positions) >= 3
     end = tokenizer.eos_token_id
-    states = window_states(any_backbone, window, "turn-end", end)
+    states = window_states(any_backbone, window, end)
     assert states.shape == (len(window.positions), 32)
     assert states.dtype == torch.float32
     for state, position in zip(states, window.positions, strict=True):
@@ -60,12 +60,12 @@ def test_plain_kinds_are_the_hidden_states(any_backbone, tokenizer, kind):
     (window,) = read(tokenizer, "the cat sat on a mat. it was so cold! why? nobody asked", kind)
     with torch.inference_mode():
         hidden = any_backbone(input_ids=torch.tensor([window.ids])).last_hidden_state[0]
-    states = window_states(any_backbone, window, kind, tokenizer.eos_token_id)
+    states = window_states(any_backbone, window, tokenizer.eos_token_id)
     assert torch.equal(states, hidden[window.positions])
 
 
 def test_states_do_not_carry_gradients(backbone):
-    states = window_states(backbone, Window([1, 2, 3], [2]), "token", 0)
+    states = window_states(backbone, Window([1, 2, 3], [2], "token"), 0)
     assert not states.requires_grad
 
 

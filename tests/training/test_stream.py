@@ -4,9 +4,12 @@ import pytest
 import tiny_sarm
 import torch
 
+from sarm.errors import InputError
 from sarm.sae import normalize_tokens
+from sarm.states import StateCache
+from sarm.tokens import ConversationEncoder
 from sarm.training import stream
-from sarm.training.activations import WindowMaker, window_states
+from sarm.training.activations import Window, WindowMaker, mixture, window_states
 from sarm.training.stream import StateStream, survey
 
 TEXTS = tiny_sarm.make_texts(40)
@@ -37,7 +40,9 @@ def _small_pieces(monkeypatch):
 def make(backbone, tokenizer, tmp_path):
     def stream_of(kind="sentence", chunk_states=30, folder="states", **options):
         maker = WindowMaker(tokenizer, kind, context=64)
-        return StateStream(backbone, maker, tmp_path / folder, chunk_states, **options)
+        made = StateStream(backbone, maker.end_id, tmp_path / folder, chunk_states, **options)
+        made.maker = maker
+        return made
 
     return stream_of
 
@@ -45,7 +50,7 @@ def make(backbone, tokenizer, tmp_path):
 def all_states(stream, texts):
     """Every state of the corpus, one window at a time, without the stream."""
     states = [
-        window_states(stream.backbone, window, stream.maker.kind, stream.maker.end_id)
+        window_states(stream.backbone, window, stream.end_id)
         for windows in stream.maker.windows(texts)
         for window in windows
     ]
@@ -53,7 +58,8 @@ def all_states(stream, texts):
 
 
 def collect(stream, texts, **options):
-    return [(c.states.clone(), c.documents, c.tokens) for c in stream.chunks(texts, **options)]
+    windows = stream.maker.windows(texts)
+    return [(c.states.clone(), c.documents, c.tokens) for c in stream.chunks(windows, **options)]
 
 
 def same(a, b):
@@ -74,10 +80,10 @@ def test_chunks_hold_every_state_of_the_corpus_once_in_order(make, kind, as_iter
 
 
 def test_chunks_are_normalised_unless_told_otherwise(make):
-    (raw,) = make(chunk_states=10**6, normalization="none").chunks(TEXTS)
-    (normal,) = make(chunk_states=10**6, folder="b").chunks(TEXTS)
-    assert torch.equal(normalize_tokens(raw.states), normal.states)
-    assert not torch.equal(raw.states, normal.states)
+    ((raw, *_),) = collect(make(chunk_states=10**6, normalization="none"), TEXTS)
+    ((normal, *_),) = collect(make(chunk_states=10**6, folder="b"), TEXTS)
+    assert torch.equal(normalize_tokens(raw), normal)
+    assert not torch.equal(raw, normal)
 
 
 def test_chunks_do_not_depend_on_the_size_of_pieces(make, monkeypatch):
@@ -92,7 +98,8 @@ def test_an_interrupted_collection_gives_the_same_chunks(make, calls):
     chunks, documents, left = [], 0, 75
     made = make()
     try:
-        for chunk in made.chunks(iter(TEXTS), limit=left, progress=kill_after(calls)):
+        windows = made.maker.windows(iter(TEXTS))
+        for chunk in made.chunks(windows, limit=left, progress=kill_after(calls)):
             chunks.append((chunk.states.clone(), chunk.documents, chunk.tokens))
             documents, left = chunk.documents, left - len(chunk.states)
     except Killed:
@@ -108,17 +115,19 @@ def test_an_interruption_keeps_finished_pieces(make, monkeypatch):
     counted = []
     windows = stream.window_states
     monkeypatch.setattr(stream, "window_states", lambda *a: counted.append(1) or windows(*a))
-    (first, *_) = make().chunks(TEXTS)
+    (first, *_) = collect(make(), TEXTS)
     ran_again, counted[:] = len(counted), []
-    (other, *_) = make(folder="fresh").chunks(TEXTS)
-    assert torch.equal(first.states, other.states)
+    (other, *_) = collect(make(folder="fresh"), TEXTS)
+    assert torch.equal(first[0], other[0])
     assert 0 < ran_again < len(counted)
 
 
 def test_pieces_of_a_chunk_already_learnt_are_dropped(make):
     """Killed after the trainer's checkpoint and before the chunk's pieces were cleared."""
     made = make()
-    first = next(iter(made.chunks(TEXTS)))  # the generator is not resumed: nothing is cleared
+    first = next(
+        made.chunks(made.maker.windows(TEXTS))
+    )  # the generator is not resumed: nothing is cleared
     assert list(made.folder.iterdir())
     rest = collect(make(), TEXTS, documents_done=first.documents)
     whole = collect(make(folder="whole"), TEXTS)
@@ -139,7 +148,7 @@ def test_the_limit_is_exact_and_no_backbone_time_is_spent_beyond_its_document(ma
 def test_the_survey_foretells_the_chunks(make, limit):
     made = make()
     chunks = collect(made, TEXTS, limit=limit)
-    corpus = survey(iter(TEXTS), made.maker, limit, made.chunk_states)
+    corpus = survey(made.maker.windows(iter(TEXTS)), limit, made.chunk_states)
     assert corpus.chunks == [len(c[0]) for c in chunks]
     assert corpus.states == sum(corpus.chunks)
     assert corpus.documents == chunks[-1][1]
@@ -158,3 +167,76 @@ def test_nothing_is_left_in_the_folder_after_the_last_chunk(make):
     made = make()
     collect(made, TEXTS)
     assert not made.folder.exists()
+
+
+# ---- conversations -------------------------------------------------------------------------
+
+
+def conversations(count=23):
+    pairs = tiny_sarm.make_pairs(count)
+    return [(pair["id"], pair["prompt"] + pair["chosen"]) for pair in pairs]
+
+
+def mixed(made):
+    return mixture(made.maker.windows(TEXTS), made.maker.scored(conversations()))
+
+
+def test_a_conversation_gives_the_state_a_reward_model_scores(make, tokenizer):
+    made = make(chunk_states=10**6, normalization="none")
+    (chunk,) = made.chunks(made.maker.scored(conversations()))
+    encoded = ConversationEncoder(tokenizer, 64).encode([turns for _, turns in conversations()])
+    for state, one in zip(chunk.states, encoded, strict=True):
+        hidden = made.backbone(input_ids=torch.tensor([one.ids])).last_hidden_state[0, -1]
+        torch.testing.assert_close(state, hidden)
+    assert chunk.tokens == sum(len(one.ids) for one in encoded)
+
+
+def test_a_mixture_keeps_every_document_and_balances_states():
+    a = [[Window([1] * 9, list(range(9)), "token")] for _ in range(4)]
+    b = [[Window([2], [0], "scored")] for _ in range(30)]
+    order = [windows[0].ids[0] for windows in mixture(a, b)]
+    assert order.count(1) == 4
+    assert order.count(2) == 30
+    #         9 states of a, then 9 of b (a tie goes to the first source), ...
+    assert order == [1, *[2] * 9, 1, *[2] * 9, 1, *[2] * 9, 1, 2, 2, 2]
+
+
+def test_a_mixture_of_sources_that_end_at_once():
+    assert list(mixture()) == []
+    assert list(mixture([], iter([]))) == []
+    assert list(mixture([], [["w"]][:0], [[]])) == [[]]
+
+
+@pytest.mark.parametrize("calls", [1, 3, 5])
+def test_an_interrupted_mixture_gives_the_same_chunks(make, calls):
+    def run(made, **options):
+        return [(c.states, c.documents, c.tokens) for c in made.chunks(mixed(made), **options)]
+
+    whole = run(make(folder="whole", chunk_states=10**6))
+    made = make(chunk_states=10**6)
+    with pytest.raises(Killed):
+        run(made, progress=kill_after(calls))
+    assert same(run(make(chunk_states=10**6)), whole)
+
+
+def test_states_of_conversations_come_from_the_cache(make, backbone, tmp_path, forward_tokens):
+    def run(folder):
+        with StateCache(tmp_path / "states.sqlite", backbone) as cache:
+            made = make(folder=folder, chunk_states=10**6, cache=cache)
+            (chunk,) = made.chunks(made.maker.scored(conversations()))
+        return chunk.states
+
+    first = run("a")
+    ran = forward_tokens(backbone)
+    assert torch.equal(run("b"), first)
+    assert not ran
+    made = make(folder="c", chunk_states=10**6)
+    (chunk,) = made.chunks(made.maker.scored(conversations()))
+    assert torch.equal(chunk.states, first)  # the same batches as the empty cache's
+    assert ran
+
+
+def test_a_conversation_the_template_refuses_is_named(make):
+    bad = [*conversations(3), ("file:9", [{"role": "robot", "content": "hi"}])]
+    with pytest.raises(InputError, match="file:9"):
+        list(make().maker.scored(bad))
