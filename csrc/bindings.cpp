@@ -179,29 +179,6 @@ Tensor scatter_outer(Tensor a, Tensor idx, Tensor y, int64_t n_latents, bool nar
   return out;
 }
 
-void select_topk(Tensor pre, Tensor vals, Tensor idx) {
-  const char* op = "sarm_cpu::select_topk";
-  check_matrix(op, "pre", pre);
-  check_matrix(op, "vals", vals);
-  check_matrix(op, "idx", idx);
-  check_dtype(op, "pre", pre, ScalarType::Float);
-  check_dtype(op, "vals", vals, ScalarType::Float);
-  check_dtype(op, "idx", idx, ScalarType::Long);
-  const int64_t N = pre.size(0), L = pre.size(1), K = vals.size(1);
-  check_same_size(op, "rows of pre and vals", N, vals.size(0));
-  check_same_size(op, "rows of pre and idx", N, idx.size(0));
-  check_same_size(op, "columns of vals and idx", K, idx.size(1));
-  STD_TORCH_CHECK(K >= 1 && K <= L && L < (int64_t{1} << 32), op,
-                  ": needs 1 <= k <= n_latents < 2^32, got k=", K, ", n_latents=", L);
-  const float* p = pre.const_data_ptr<float>();
-  float* v = vals.mutable_data_ptr<float>();
-  int64_t* i = idx.mutable_data_ptr<int64_t>();
-  torch::stable::parallel_for(0, N, grain(2 * L), [&](int64_t begin, int64_t end) {
-    std::vector<uint64_t> scratch(cpu::select_topk_scratch(K, L));
-    cpu::select_topk(p, v, i, scratch.data(), begin, end, K, L);
-  });
-}
-
 }  // namespace
 }  // namespace sarm
 
@@ -210,7 +187,6 @@ STABLE_TORCH_LIBRARY(sarm_cpu, m) {
   m.def("gather_dot(Tensor y, Tensor idx, Tensor w) -> Tensor");
   m.def("gather_sum(Tensor vals, Tensor idx, Tensor w) -> Tensor");
   m.def("scatter_outer(Tensor a, Tensor idx, Tensor y, int n_latents, bool narrow) -> Tensor");
-  m.def("select_topk(Tensor pre, Tensor(a!) vals, Tensor(b!) idx) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sarm_cpu, CPU, m) {
@@ -218,7 +194,6 @@ STABLE_TORCH_LIBRARY_IMPL(sarm_cpu, CPU, m) {
   m.impl("gather_dot", TORCH_BOX(&sarm::gather_dot));
   m.impl("gather_sum", TORCH_BOX(&sarm::gather_sum));
   m.impl("scatter_outer", TORCH_BOX(&sarm::scatter_outer));
-  m.impl("select_topk", TORCH_BOX(&sarm::select_topk));
 }
 
 // An empty module: importing it runs the registrations above.

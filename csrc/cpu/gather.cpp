@@ -1,5 +1,6 @@
 // sparse_value and gather_dot: every output element reads K (or one) gathered weights.
 #include "cpu/kernels.h"
+#include "cpu/lanes.h"
 
 namespace sarm::cpu {
 namespace {
@@ -28,47 +29,6 @@ struct SparseValue {
     }
   }
 };
-
-// 16 lanes: one AVX-512 register, two AVX2 ones, four of the baseline. Explicit lanes, because
-// a compiler may not reorder a float sum into vectors by itself.
-constexpr int64_t kLanes = 16;
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-typedef uint32_t LaneBits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-typedef uint16_t LaneHalves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-
-SARM_INLINE void load_lanes(const float* p, Lanes* out) { std::memcpy(out, p, sizeof(*out)); }
-
-SARM_INLINE void load_lanes(const bf16* p, Lanes* out) {
-  LaneHalves halves;
-  std::memcpy(&halves, p, sizeof(halves));
-  const LaneBits bits = __builtin_convertvector(halves, LaneBits) << 16;
-  std::memcpy(out, &bits, sizeof(*out));
-}
-
-template <class T>
-SARM_INLINE float dot(const float* y, const T* w, int64_t D) {
-  Lanes sum[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= D; i += 4 * kLanes) {
-    for (int64_t u = 0; u < 4; ++u) {
-      Lanes a, b;
-      load_lanes(y + i + u * kLanes, &a);
-      load_lanes(w + i + u * kLanes, &b);
-      sum[u] += a * b;
-    }
-  }
-  for (; i + kLanes <= D; i += kLanes) {
-    Lanes a, b;
-    load_lanes(y + i, &a);
-    load_lanes(w + i, &b);
-    sum[0] += a * b;
-  }
-  const Lanes all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  float total = 0.0f;
-  for (int64_t t = 0; t < kLanes; ++t) total += all[t];
-  for (; i < D; ++i) total += y[i] * to_float(w[i]);
-  return total;
-}
 
 template <class T>
 struct GatherDot {

@@ -38,11 +38,4 @@ void segment_sum(const float* coef, const int64_t* row, const int64_t* offset, c
 void group_by_latent(const float* a, const int64_t* idx, int64_t N, int64_t K, int64_t L,
                      float* coef, int64_t* row, int64_t* offset);
 
-// The K largest entries of every row of pre (N, L), descending, ties lowest index first, NaN
-// above everything: torch.topk plus a defined order. Rows [begin, end). 1 <= K <= L < 2^32.
-// scratch: select_topk_scratch(K, L) values.
-void select_topk(const float* pre, float* vals, int64_t* idx, uint64_t* scratch, int64_t begin,
-                 int64_t end, int64_t K, int64_t L);
-int64_t select_topk_scratch(int64_t K, int64_t L);
-
 }  // namespace sarm::cpu

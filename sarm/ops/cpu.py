@@ -10,10 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarm.ops import reference
-
 _KERNELS = torch.ops.sarm_cpu
-# topk_encode selects from fp32 pre-activations, whatever they were computed from.
 _DTYPES = {"topk_encode": (torch.float32, torch.bfloat16, torch.float16)}
 _DEFAULT_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -45,12 +42,14 @@ def rejects(op: str, tensors: tuple[Tensor, ...]) -> str | None:
 def topk_encode(
     x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """The reference's chunked GEMM; the selection is C++, three times as fast as torch.topk."""
-    vals = x.new_empty((x.shape[0], k), dtype=torch.float32)
-    idx = torch.empty_like(vals, dtype=torch.int64)
-    for rows, pre in reference.preactivations(x, w_enc, b_enc):
-        _KERNELS.select_topk(pre, vals[rows], idx[rows])
+    """C++: GEMM tiles screened while in cache, survivors re-scored by a fixed-order fp32 dot."""
+    vals, idx = _KERNELS.topk_encode(x, w_enc, b_enc, k, _has_bf16_gemm())
     return (vals.relu_() if relu else vals), idx
+
+
+@functools.cache
+def _has_bf16_gemm() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def sparse_value(vals: Tensor, idx: Tensor, w_head: Tensor) -> Tensor:
