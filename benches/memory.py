@@ -19,7 +19,6 @@ import torch
 from suite import Missing
 
 MIB = 2**20
-M_MMAP_THRESHOLD = -3  # <malloc.h>
 
 
 def peak_on_cuda(call: Callable[[], Any]) -> float:
@@ -49,17 +48,16 @@ def peak_on_cpu(build: Callable[..., Callable[[], Any] | Missing], *args: Any) -
 def _growth(threads: int, build: Callable[..., Any], args: tuple) -> float | None:
     torch.set_num_threads(threads)
     libc = ctypes.CDLL(None)
-    # Freed blocks must go back at once: one that malloc kept would be used again by the measured
-    # call, whose peak would miss it (glibc otherwise keeps up to 32 MiB of a block's size).
     if not hasattr(libc, "malloc_trim"):
         return None
-    libc.mallopt(M_MMAP_THRESHOLD, 64 * 1024)
     call = build(*args)
     try:
         call()
     except Exception:
         return None  # the timing says why
     gc.collect()
+    # Blocks that glibc kept (it does below 32 MiB) would be used again by the measured call, whose
+    # peak would miss them.
     libc.malloc_trim(0)
     try:
         with open("/proc/self/clear_refs", "w") as file:
