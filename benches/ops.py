@@ -1,54 +1,108 @@
-"""Suite `ops`: SAE encode and reward of N states, against the published dense formula.
-
-Floor: the encoder GEMM alone. Baseline: the published formula in eager PyTorch, which writes the
-(N, n_latents) pre-activations, selects, scatters into a dense tensor and multiplies by the head.
-"""
+"""Suite `ops`: the five primitives, the encoder with the value head, and a step of SAE training."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import cases
+import charts
 import torch
-from measure import measure, rows
-from torch.nn.functional import linear
+from accuracy import Exact
+from measure import measure, quantile, ratio
+from memory import peak_on_cpu, peak_on_cuda
+from suite import BenchError, Missing, Options, Row, Shape
 
-from sarm import ops
+LARGE_N = Shape(4096, 576, 18432, 64)
+SMALL_N = Shape(256, 4096, 65536, 192)
+SCORING = Shape(8, 4096, 65536, 192)
+SHAPES = dict.fromkeys(cases.CASES, (LARGE_N,))
+SHAPES["topk_encode"] = (LARGE_N, SMALL_N, SCORING)
+SHAPES["sae_step"] = (LARGE_N, SMALL_N)
 
-SHAPES = ((2048, 576, 9216, 27), (4096, 576, 18432, 64), (64, 4096, 65536, 192))
 
-
-def run(device: str, shapes=SHAPES, runs: int = 7) -> list[dict]:
-    """One row per shape and candidate."""
+def run(options: Options) -> list[Row]:
+    """Rows of every case that has a selected candidate."""
+    selected = [case for case in cases.CASES if any(options.wants(case, n) for n in names(case))]
+    if not selected:
+        raise BenchError(
+            f"--only {options.only!r} selects nothing; cases: {', '.join(cases.CASES)}; "
+            f"candidates: {', '.join(dict.fromkeys(n for c in cases.CASES for n in names(c)))}"
+        )
     table = []
-    for n, d_model, n_latents, k in shapes:
-        timings = measure(candidates(device, n, d_model, n_latents, k), runs)
-        shape = {"N": n, "d_model": d_model, "n_latents": n_latents, "k": k}
-        table += [{**shape, **row} for row in rows(timings, "GEMM alone", "published dense")]
+    for case in selected:
+        for shape in options.shapes or SHAPES[case]:
+            for dtype in options.dtypes:
+                options.log(f"{case}  {shape}  {dtype}")
+                table += run_case(case, shape, dtype, options)
     return table
 
 
-def candidates(device: str, n: int, d_model: int, n_latents: int, k: int) -> dict:
-    """The four things that are timed on one shape, fp32."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, d_model, generator=generator).to(device)
-    w_enc = (torch.randn(n_latents, d_model, generator=generator) / d_model**0.5).to(device)
-    b_enc = torch.zeros(n_latents, device=device)
-    head = torch.randn(1, n_latents, generator=generator).to(device)
+def names(case: str) -> list[str]:
+    """The candidates of a case, from a problem small enough to cost nothing."""
+    return list(cases.CASES[case](cases.Problem(Shape(1, 1, 1, 1), "bf16", "cpu")))
 
-    def published() -> torch.Tensor:
-        pre = linear(x, w_enc, b_enc)
-        vals, idx = pre.topk(k, dim=1)
-        return torch.zeros_like(pre).scatter_(1, idx, vals) @ head.t()
 
-    def ours() -> torch.Tensor:
-        vals, idx = ops.topk_encode(x, w_enc, b_enc, k)
-        return ops.sparse_value(vals, idx, head)
-
-    def reference() -> torch.Tensor:
-        with ops.use_backend("reference"):
-            return ours()
-
-    return {
-        "GEMM alone": lambda: linear(x, w_enc, b_enc),
-        "published dense": published,
-        "sarm, reference": reference,
-        "sarm": ours,
+def run_case(case: str, shape: Shape, dtype: str, options: Options) -> list[Row]:
+    """The floors and the published formula run always: the others are ratios to them."""
+    torch.compiler.reset()  # else the shapes before count towards the limit on recompilations
+    problem = cases.Problem(shape, dtype, options.device)
+    candidates = {
+        name: call
+        for name, call in cases.CASES[case](problem).items()
+        if name in (*cases.FLOORS, cases.PUBLISHED) or options.wants(case, name)
     }
+    times, failed = measure(candidates, options.device, options.runs)
+    rows = timing_rows(case, str(shape), dtype, list(candidates), times, failed)
+    exact = Exact(problem) if case == "topk_encode" else None
+    for row in rows:
+        call = candidates[row.name]
+        if row.ms is None or isinstance(call, Missing):
+            continue
+        if exact and row.name not in cases.FLOORS:
+            row.accuracy = exact.compare(*call())
+        if options.device == "cuda" and options.memory:
+            row.peak_mib = peak_on_cuda(call)
+    if options.device == "cpu" and options.memory:
+        del problem, candidates, exact, call  # each process has its own inputs
+        for row in rows:
+            if row.ms is not None and row.name not in cases.FLOORS:
+                args = (case, shape, dtype, options.device, row.name)
+                row.peak_mib = peak_on_cpu(cases.build, *args)
+    return rows
+
+
+def timing_rows(
+    case: str,
+    shape: str,
+    dtype: str,
+    names: list[str],
+    times: dict[str, list[float]],
+    failed: dict[str, str],
+) -> list[Row]:
+    """Median, p20, p80 of each candidate, and its ratios to the references that ran."""
+    references = [n for n in (*cases.FLOORS, cases.PUBLISHED) if n in times]
+    rows = []
+    for name in names:
+        if name in failed:
+            rows.append(Row(case, shape, dtype, name, note=failed[name]))
+            continue
+        runs = times[name]
+        ratios = {r: ratio(runs, times[r]) for r in references}
+        floor = next((ratios[f].value for f in (cases.GEMM, cases.COPY) if f in ratios), None)
+        rows.append(
+            Row(
+                case,
+                shape,
+                dtype,
+                name,
+                *(quantile(runs, q) for q in (0.5, 0.2, 0.8)),
+                ratios,
+                None if floor is None else 100 / floor,
+            )
+        )
+    return rows
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Bars: time over the floor, one panel a case and dtype."""
+    charts.bars(rows, (cases.GEMM, cases.COPY), path)

@@ -1,59 +1,151 @@
-"""Benchmarks: `python benches/run.py [--suite ops] [--json FILE] [--device cpu|cuda]`.
+"""Benchmarks: `python benches/run.py [--suite ops] [--json FILE] [--plot FILE]`.
 
 Times are medians of alternating runs in one process on the machine that runs them; compare the
-ratios, not the milliseconds. Run on a quiet machine.
+ratios, not the milliseconds. Run on a quiet machine. `--roofline` prints floor times by arithmetic.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
+import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
-import ops
+import charts
+import compare
+import machine
+import report
 import torch
-from measure import header
-from rich.console import Console
-from rich.table import Table
+from suite import DTYPES, BenchError, Options, Shape
 
-SUITES = {"ops": ops.run}
+# Suite -> module of this folder with run(options) and plot(rows, path) (suite.py).
+SUITES = {"ops": "ops", "ops-scaling": "scaling"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=sorted(SUITES), default="ops")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"run.py: {message}\n")
+
+
+def parser() -> Parser:
+    made = Parser(prog="run.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    made.add_argument("--suite", choices=SUITES, default="ops")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    made.add_argument(
+        "--dtype",
+        action="append",
+        metavar="NAME[,NAME]",
+        help="bf16 | fp32 | fp16; repeatable; default bf16,fp32",
     )
-    parser.add_argument(
+    made.add_argument(
         "--shape",
         action="append",
         metavar="N,D,L,K",
         help="instead of the suite's shapes; repeatable",
     )
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    arguments = parser.parse_args()
-    kwargs = {"runs": arguments.runs}
+    made.add_argument(
+        "--only", metavar="PATTERN", help="case, candidate or case/candidate; * and ? as in a shell"
+    )
+    made.add_argument("--runs", type=int, default=5)
+    made.add_argument("--no-memory", action="store_true", help="skip the peak memory")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
+    made.add_argument("--plot", type=Path, metavar="FILE", help=" | ".join(charts.FORMATS))
+    made.add_argument("--compare-to", type=Path, metavar="FILE", help="JSON of an earlier run")
+    made.add_argument(
+        "--fail-on-regression",
+        type=float,
+        metavar="PCT",
+        help="exit code 1 if a ratio of sarm is worse than before by more than PCT %% and by more "
+        "than the runs' spread",
+    )
+    made.add_argument("--roofline", action="store_true", help="floor times of A100 to B200")
+    return made
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """Checked before anything runs, so that no minute of timing is lost to a typo."""
+    cuda = torch.cuda.is_available()
+    device = arguments.device or ("cuda" if cuda else "cpu")
+    if device == "cuda" and not cuda:
+        raise BenchError("--device cuda: torch finds no CUDA device")
+    dtypes = [d for text in arguments.dtype or ("bf16,fp32",) for d in text.split(",")]
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise BenchError(f"--dtype: expected {' | '.join(DTYPES)}, got {dtype!r}")
+    if arguments.runs < 1:
+        raise BenchError(f"--runs must be >= 1, got {arguments.runs}")
+    for name in ("json", "plot"):
+        path = getattr(arguments, name)
+        if path is not None and not path.parent.is_dir():
+            raise BenchError(f"--{name} {path}: no folder {path.parent}")
+    if arguments.plot and arguments.plot.suffix not in charts.FORMATS:
+        raise BenchError(f"--plot must end in {' | '.join(charts.FORMATS)}, got {arguments.plot}")
+    if arguments.fail_on_regression is not None and not arguments.compare_to:
+        raise BenchError("--fail-on-regression needs --compare-to FILE")
+    if arguments.roofline and arguments.suite != "ops":
+        raise BenchError(f"--roofline belongs to --suite ops, got --suite {arguments.suite}")
+    shapes = None
     if arguments.shape:
-        kwargs["shapes"] = [tuple(int(x) for x in text.split(",")) for text in arguments.shape]
-    facts = header(arguments.device)
-    rows = SUITES[arguments.suite](arguments.device, **kwargs)
-    console = Console(highlight=False)
-    console.print("  ".join(f"{name} {value}" for name, value in facts.items()))
-    table = Table("N, d, n_latents, k", "", "ms (p20-p80)", "x GEMM", "x published", box=None)
-    for row in rows:
-        table.add_row(
-            f"{row['N']}, {row['d_model']}, {row['n_latents']}, {row['k']}",
-            row["name"],
-            f"{row['ms']:.1f} ({row['p20_ms']:.1f}-{row['p80_ms']:.1f})",
-            f"{row['of_floor']:.2f}",
-            f"{row['of_baseline']:.2f}",
-        )
-    console.print(table)
+        try:
+            shapes = tuple(Shape.parse(text) for text in arguments.shape)
+        except ValueError as error:
+            raise BenchError(f"--shape: {error}") from None
+    return Options(
+        device=device,
+        dtypes=tuple(dict.fromkeys(dtypes)),
+        shapes=shapes,
+        runs=arguments.runs,
+        only=arguments.only,
+        memory=not arguments.no_memory,
+        log=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """The exit code."""
+    options = options_of(arguments)
+    earlier = compare.read(arguments.compare_to, arguments.suite) if arguments.compare_to else None
+    suite: Any = importlib.import_module(SUITES[arguments.suite])
+    facts = machine.header(options.device)
+    out = report.console()
+    out.print("  ".join(f"{name} {value}" for name, value in facts.items()))
+    for note in machine.notes(options.device, options.dtypes):
+        out.print(note)
+    out.print()
+    if arguments.roofline:
+        out.print(machine.NO_GPU_TIME)
+        report.print_roofline(out, options, suite.SHAPES)
+        if options.device != "cuda":
+            return 0
+    rows = suite.run(options)
+    report.print_rows(out, rows)
+    if arguments.roofline:
+        report.print_fractions(out, rows, torch.cuda.get_device_name())
     if arguments.json:
-        arguments.json.write_text(json.dumps({"header": facts, "rows": rows}, indent=2) + "\n")
+        compare.write(arguments.json, arguments.suite, facts, rows)
+    if arguments.plot:
+        suite.plot(rows, arguments.plot)
+    if earlier is None:
+        return 0
+    header, old = earlier
+    found = compare.changes(old, rows)
+    report.print_changes(out, found, header, facts)
+    if arguments.fail_on_regression is None:
+        return 0
+    return 1 if compare.regressions(found, arguments.fail_on_regression) else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    made = parser()
+    arguments = made.parse_args(argv)
+    try:
+        return bench(arguments)
+    except BenchError as error:
+        made.error(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
