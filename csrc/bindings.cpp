@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/pages.h"
 #include "cpu/kernels.h"
 
 namespace sarm {
@@ -150,6 +151,7 @@ Tensor scatter_outer(Tensor a, Tensor idx, Tensor y, int64_t n_latents, bool nar
                   ": a bfloat16 result needs a bfloat16 y");
   Tensor out =
       torch::stable::new_empty(y, {L, D}, narrow ? ScalarType::BFloat16 : ScalarType::Float);
+  advise_huge_pages(out.mutable_data_ptr(), out.numel() * (narrow ? 2 : 4));
   std::vector<float> coef(N * K);
   std::vector<int64_t> row(N * K), offset(L + 1);
   cpu::group_by_latent(a.const_data_ptr<float>(), idx.const_data_ptr<int64_t>(), N, K, L,

@@ -15,6 +15,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/pages.h"
 #include "cpu/topk_direct.h"
 #include "cpu/topk_key.h"
 #include "cpu/topk_screen.h"
@@ -151,6 +152,7 @@ class Block {
         rows(plan.splits * count),
         candidates(new cpu::Candidate[plan.splits * count * stride]),
         wide(kNarrow ? new float[count * p.D] : nullptr) {
+    advise_huge_pages(candidates.get(), plan.splits * count * stride * sizeof(cpu::Candidate));
     parallel_for(0, count, kGroupRows, [&](int64_t begin, int64_t end) {
       float* to = kNarrow ? wide.get() + begin * p.D : nullptr;
       cpu::prepare_rows(p.x + (first + begin) * p.D, end - begin, p.D, rows.data() + begin, to);
