@@ -104,6 +104,12 @@ HARD = {
     "descending": lambda x, w, b: b.copy_(torch.arange(len(b)) * -10.0),
     "one long latent": lambda x, w, b: w[500].mul_(3e3),
     "large biases": lambda x, w, b: b.add_(1e6),
+    # Sixty latents that differ by roundings of the sum only: a GEMM's order of them is another.
+    "near ties": lambda x, w, b: (
+        w[100:160].copy_(w[100:101].expand(60, -1)),
+        w[100:160, 1].add_(torch.arange(60) * 1e-7),
+        b[100:160].fill_(9),
+    ),
 }
 
 
