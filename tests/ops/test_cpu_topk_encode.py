@@ -85,6 +85,21 @@ def test_threads_do_not_change_a_bit():
         assert same(result, results[i % 3])
 
 
+def near_ties(x, w, b):
+    """Sixty latents above all others that differ by less than the roundings of their sums.
+
+    Terms of 1000 cancel. What is added while one of them is in the sum is rounded to 6e-5, what
+    comes before or after is not, and a GEMM takes the terms in another order than the exact dot.
+    """
+    b.fill_(-1e4)
+    b[100:160] = 0
+    x[:, 0], x[:, 17], x[:, 5], x[:, 20] = 1000, -1000, 1, 1
+    w[100:160] = w[100]
+    w[100:160, 0] = w[100:160, 17] = 1
+    w[100:160:2, 5] += torch.arange(0, 60, 2) * 1e-5
+    w[101:160:2, 20] += torch.arange(1, 60, 2) * 1e-5
+
+
 HARD = {
     "zero rows": lambda x, w, b: x.zero_(),
     "one zero row": lambda x, w, b: x[3].zero_(),
@@ -104,12 +119,7 @@ HARD = {
     "descending": lambda x, w, b: b.copy_(torch.arange(len(b)) * -10.0),
     "one long latent": lambda x, w, b: w[500].mul_(3e3),
     "large biases": lambda x, w, b: b.add_(1e6),
-    # Sixty latents that differ by roundings of the sum only: a GEMM's order of them is another.
-    "near ties": lambda x, w, b: (
-        w[100:160].copy_(w[100:101].expand(60, -1)),
-        w[100:160, 1].add_(torch.arange(60) * 1e-7),
-        b[100:160].fill_(9),
-    ),
+    "near ties": near_ties,
 }
 
 
