@@ -1,7 +1,7 @@
 // gather_dot:  out[n, j] = <y[n], w[idx[n, j]]>
 //
-// A warp owns eight active latents of one token: a slice of y[n] is loaded once and multiplied with
-// the slices of eight rows of w, whose loads are in flight together. As in gather_sum, w should be
+// A warp owns four active latents of one token: a slice of y[n] is loaded once and multiplied with
+// the slices of four rows of w, whose loads are in flight together. As in gather_sum, w should be
 // read from L2: D is cut into ranges of which L rows fit in 32 MiB, one launch after the other, and
 // each adds its part to out in that order. The cut depends on L and D alone, so a row's bits do not
 // depend on its batch. Adding costs N * K * 8 bytes a range (50 MB at N = 32,768, K = 192), reading
@@ -17,12 +17,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kGroup = 8;  // active latents of one warp
+constexpr int kGroup = 4;  // active latents of one warp; eight would cost 80 registers and spill
 constexpr int64_t kL2Bytes = int64_t{32} << 20;
 
 // Columns [begin, end) of the dot products; the first range starts the sums.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     gather_dot_kernel(const T* __restrict__ y, const int64_t* __restrict__ idx,
                       const T* __restrict__ w, float* __restrict__ out, int64_t K, int64_t D,
                       int64_t begin, int64_t end, int64_t tasks) {
@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(kThreads)
       rows[g] = w + idx[n * K + j] * D;
     }
     float sum[kGroup] = {};
+#pragma unroll 1  // the rows' loads are enough in flight; unrolled it spills
     for (int64_t column = begin; column < end; column += kSliceColumns<T>) {
       const Slice slice{column, D, lane};
       float ours[Slice::kWidth];

@@ -86,6 +86,7 @@ __device__ inline void find_prefix(const uint64_t* keys, int n, int K, SelectSta
   mask = same == 0 ? 0 : ~uint64_t{0} << (64 - same);
   prefix = keys[0] & mask;
   unsigned need = K;
+#pragma unroll 1
   for (int shift = max(0, 56 - same);; shift = max(0, shift - 8)) {
     s.bin[threadIdx.x] = 0;
     __syncthreads();
@@ -120,7 +121,6 @@ __device__ inline void find_prefix(const uint64_t* keys, int n, int K, SelectSta
     prefix = (prefix & ~(uint64_t{255} << shift)) | (static_cast<uint64_t>(s.digit) << shift);
     need = s.need;
     if (s.whole) return;  // at shift 0 a bin holds one key, so the loop ends here at the latest
-    __syncthreads();      // the next pass clears what other threads still read
   }
 }
 

@@ -24,7 +24,8 @@ constexpr int kThreads = kSelectThreads;
 constexpr int kItems = 4;  // latents of a thread, 16 bytes
 constexpr int kChunk = kThreads * kItems;
 // Room for candidates beyond K. One chunk is the least; with two, a selection is due only after
-// 1,024 candidates. 18 KiB a block at K = 192: eight blocks, 2,048 threads, on an A100 or H100.
+// 1,024 candidates. At K = 192 a block takes 18.5 KiB, so registers limit a multiprocessor to four
+// blocks or more: while one waits at a barrier, the others' loads are on their way.
 constexpr int kSlack = 2 * kChunk;
 constexpr int kMaxSharedKeys = 5 * 1024;  // 40 of the 48 KiB that need no opting in
 
@@ -49,7 +50,8 @@ __device__ __forceinline__ void load(const float* pre, const float* bias, int64_
 }
 
 template <bool kVector, bool kShared>
-__global__ void __launch_bounds__(kThreads) topk_tile_kernel(TopkTile t, int capacity) {
+__global__ void __launch_bounds__(kThreads, kShared ? 4 : 3)
+    topk_tile_kernel(TopkTile t, int capacity) {
   SARM_SHARED(SelectState, state, 1);
   SelectState& s = state[0];
   uint64_t* keys = kShared ? dynamic_shared<uint64_t>()
@@ -82,6 +84,7 @@ __global__ void __launch_bounds__(kThreads) topk_tile_kernel(TopkTile t, int cap
 
     uint32_t order[kItems], next[kItems];
     load<kVector>(pre, bias, thread * kItems, t.width, order);
+#pragma unroll 1
     for (int64_t start = 0; start < t.width; start += kChunk) {
       const int64_t column = start + thread * kItems;
       load<kVector>(pre, bias, column + kChunk, t.width, next);  // in flight during this chunk
@@ -97,8 +100,9 @@ __global__ void __launch_bounds__(kThreads) topk_tile_kernel(TopkTile t, int cap
         }
       }
       // The last warp to append knows the count, so this barrier also tells whether the buffer
-      // could overflow in the next chunk.
-      if (__syncthreads_or(end > capacity - kChunk)) {
+      // could overflow in the next chunk. After the last chunk K candidates may be left.
+      const bool overflow = __syncthreads_or(end > capacity - kChunk) != 0;
+      if (overflow || (start + kChunk >= t.width && s.count > K)) {
         keep_best(keys, K, s);
         bound = s.bound;
       }
@@ -106,7 +110,6 @@ __global__ void __launch_bounds__(kThreads) topk_tile_kernel(TopkTile t, int cap
       for (int i = 0; i < kItems; ++i) order[i] = next[i];
     }
 
-    if (s.count > K) keep_best(keys, K, s);
     const int kept = s.count;
     const bool last = t.first + t.width == t.L;
     if (last) sort_descending(keys, kept);

@@ -90,7 +90,7 @@ def gather_sum(vals: Tensor, idx: Tensor, w: Tensor) -> Tensor:
 
 
 def gather_dot(y: Tensor, idx: Tensor, w: Tensor) -> Tensor:
-    """A warp for every token and eight of its latents."""
+    """A warp for every token and four of its latents."""
     return _kernels.gather_dot(y, idx, w)
 
 
