@@ -43,14 +43,17 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll 1  // the rows' loads are enough in flight; unrolled it spills
     for (int64_t column = begin; column < end; column += kSliceColumns<T>) {
       const Slice slice{column, D, lane};
-      float ours[Slice::kWidth];
-      slice.load(y + n * D, ours);
+      typename Slice::Pack pack[kGroup];
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) pack[g] = slice.fetch(rows[g]);
+      const typename Slice::Pack ours = slice.fetch(y + n * D);
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) {
-        float row[Slice::kWidth];
-        slice.load(rows[g], row);
 #pragma unroll
-        for (int e = 0; e < Slice::kWidth; ++e) sum[g] += ours[e] * row[e];
+        for (int e = 0; e < Slice::kWidth; ++e) {
+          const float product = to_float(ours.element[e]) * to_float(pack[g].element[e]);
+          if (slice.inside(e)) sum[g] += product;
+        }
       }
     }
 #pragma unroll

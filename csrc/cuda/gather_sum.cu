@@ -16,7 +16,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     gather_sum_kernel(const float* __restrict__ vals, const int64_t* __restrict__ idx,
                       const T* __restrict__ w, T* __restrict__ out, int64_t N, int64_t K, int64_t D,
                       int64_t tasks) {
@@ -26,15 +26,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t n = task % N;
     const Slice slice{task / N * kSliceColumns<T>, D, static_cast<int>(threadIdx.x % kWarp)};
     float sum[Slice::kWidth] = {};
-    // Four rows in flight hide the latency of L2 (about 250 cycles) behind each other.
-#pragma unroll 4
-    for (int64_t j = 0; j < K; ++j) {
-      float row[Slice::kWidth];
-      slice.load(w + idx[n * K + j] * D, row);
-      const float v = vals[n * K + j];
-#pragma unroll
-      for (int e = 0; e < Slice::kWidth; ++e) sum[e] += v * row[e];
-    }
+    add_rows(slice, vals + n * K, idx + n * K, K, w, sum);
     slice.store(sum, out + n * D);
   }
 }

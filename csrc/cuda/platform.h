@@ -49,6 +49,13 @@ __device__ __forceinline__ uint16_t float_to_bfloat16(float v) {
   return bits;
 }
 
+// nvcc would store 16-bit elements, joined to words, in four pieces.
+__device__ __forceinline__ void store_16_bytes(void* out, const uint32_t* word) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(out)),
+               "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+               : "memory");
+}
+
 template <class... Params, class... Args>
 void launch(const char* what, void (*kernel)(Params...), int64_t blocks, int threads, size_t bytes,
             cudaStream_t stream, Args... args) {

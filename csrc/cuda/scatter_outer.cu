@@ -128,7 +128,7 @@ struct Segments {
 // A warp sums one slice of one piece of a long segment into partial, or of a short one into out.
 // Pieces come first: they are the longest tasks, and nothing should wait for them at the end.
 template <class T, class Out, bool kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kVector ? 4 : 3)
     segment_kernel(Segments s, const T* __restrict__ y, Out* __restrict__ out, int64_t tasks) {
   using Slice = RowSlice<T, kVector>;
   const int64_t items = s.max_pieces + s.L;
@@ -147,14 +147,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t end = min(begin + kPiece, s.offset[latent + 1]);
     const Slice slice{s.first_column + column, s.D, static_cast<int>(threadIdx.x % kWarp)};
     float sum[Slice::kWidth] = {};
-#pragma unroll 4
-    for (int64_t e = begin; e < end; ++e) {
-      float row[Slice::kWidth];
-      slice.load(y + s.token[e] * s.D, row);
-      const float a = s.coef[e];
-#pragma unroll
-      for (int i = 0; i < Slice::kWidth; ++i) sum[i] += a * row[i];
-    }
+    add_rows(slice, s.coef + begin, s.token + begin, end - begin, y, sum);
     if (item >= s.max_pieces) {
       slice.store(sum, out + latent * s.D);
     } else {

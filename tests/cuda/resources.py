@@ -48,6 +48,7 @@ BUDGETS = {
     "gather_sum_kernel": Budget(256, 0, 0.5),
     "gather_dot_kernel": Budget(256, 0, 0.5),
     "segment_kernel": Budget(256, 0, 0.5),
+    "segment_kernel, one element a load": Budget(256, 0, 0.375),  # unaligned or odd D
     "combine_kernel": Budget(256, 0, 0.5),
     "permute_kernel": Budget(256, 0, 1.0),
     "offset_kernel": Budget(256, 0, 1.0),
@@ -73,9 +74,10 @@ class Usage(NamedTuple):
 
     @property
     def budget(self) -> Budget:
-        # topk_tile_kernel<vector, shared = false>
-        large = self.kernel == "topk_tile_kernel" and self.variant.endswith("false>")
-        return BUDGETS[self.kernel + (", large K" if large else "")]
+        # topk_tile_kernel<vector, shared>, segment_kernel<y, out, vector>
+        special = self.variant.endswith("false>")
+        names = (name for name in BUDGETS if name.startswith(self.kernel + ",") and special)
+        return BUDGETS[next(names, self.kernel)]
 
     @property
     def shared(self) -> int:

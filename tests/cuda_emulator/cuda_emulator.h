@@ -175,6 +175,10 @@ inline uint16_t float_to_bfloat16(float v) {
   return static_cast<uint16_t>(v != v ? 0x7FFF : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
+inline void store_16_bytes(void* out, const uint32_t* word) {
+  *static_cast<uint4*>(out) = {word[0], word[1], word[2], word[3]};
+}
+
 template <class... Params, class... Args>
 void launch(const char* what, void (*kernel)(Params...), int64_t blocks, int threads, size_t bytes,
             Stream, Args... args) {
