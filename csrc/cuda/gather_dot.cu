@@ -22,7 +22,7 @@ constexpr int64_t kL2Bytes = int64_t{32} << 20;
 
 // Columns [begin, end) of the dot products; the first range starts the sums.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kVector>)
     gather_dot_kernel(const T* __restrict__ y, const int64_t* __restrict__ idx,
                       const T* __restrict__ w, float* __restrict__ out, int64_t K, int64_t D,
                       int64_t begin, int64_t end, int64_t tasks) {

@@ -16,7 +16,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kVector>)
     gather_sum_kernel(const float* __restrict__ vals, const int64_t* __restrict__ idx,
                       const T* __restrict__ w, T* __restrict__ out, int64_t N, int64_t K, int64_t D,
                       int64_t tasks) {

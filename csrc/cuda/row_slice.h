@@ -18,6 +18,11 @@ constexpr int kLaneElements = 16 / sizeof(T);
 template <class T>
 constexpr int kSliceColumns = kWarp * kLaneElements<T>;
 
+// Blocks of 256 threads that a multiprocessor must hold: 64 or 80 registers a thread. Unset, ptxas
+// saves registers by waiting for one row before it asks for the next.
+template <bool kVector>
+constexpr int kMinBlocks = kVector ? 4 : 3;
+
 template <class T>
 int64_t slices(int64_t D) {
   return (D + kSliceColumns<T> - 1) / kSliceColumns<T>;
@@ -102,7 +107,7 @@ __device__ __forceinline__ void add_rows(const RowSlice<T, kVector>& slice, cons
                                          const int64_t* row, int64_t count, const T* matrix,
                                          float (&sum)[kLaneElements<T>]) {
   using Pack = typename RowSlice<T, kVector>::Pack;
-  constexpr int kGroup = 4;
+  constexpr int kGroup = kVector ? 4 : 2;  // single elements are many loads already
   int64_t e = 0;
 #pragma unroll 1
   for (; e + kGroup <= count; e += kGroup) {

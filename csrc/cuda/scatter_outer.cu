@@ -128,7 +128,7 @@ struct Segments {
 // A warp sums one slice of one piece of a long segment into partial, or of a short one into out.
 // Pieces come first: they are the longest tasks, and nothing should wait for them at the end.
 template <class T, class Out, bool kVector>
-__global__ void __launch_bounds__(kThreads, kVector ? 4 : 3)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kVector>)
     segment_kernel(Segments s, const T* __restrict__ y, Out* __restrict__ out, int64_t tasks) {
   using Slice = RowSlice<T, kVector>;
   const int64_t items = s.max_pieces + s.L;

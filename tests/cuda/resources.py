@@ -48,7 +48,10 @@ BUDGETS = {
     "gather_sum_kernel": Budget(256, 0, 0.5),
     "gather_dot_kernel": Budget(256, 0, 0.5),
     "segment_kernel": Budget(256, 0, 0.5),
-    "segment_kernel, one element a load": Budget(256, 0, 0.375),  # unaligned or odd D
+    # D is odd or a row unaligned: one element a load.
+    "gather_sum_kernel, single": Budget(256, 0, 0.375),
+    "gather_dot_kernel, single": Budget(256, 0, 0.375),
+    "segment_kernel, single": Budget(256, 0, 0.375),
     "combine_kernel": Budget(256, 0, 0.5),
     "permute_kernel": Budget(256, 0, 1.0),
     "offset_kernel": Budget(256, 0, 1.0),
@@ -74,7 +77,7 @@ class Usage(NamedTuple):
 
     @property
     def budget(self) -> Budget:
-        # topk_tile_kernel<vector, shared>, segment_kernel<y, out, vector>
+        # topk_tile_kernel<vector, shared>, gather_sum_kernel<w, vector>, ...
         special = self.variant.endswith("false>")
         names = (name for name in BUDGETS if name.startswith(self.kernel + ",") and special)
         return BUDGETS[next(names, self.kernel)]
