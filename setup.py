@@ -6,6 +6,7 @@
 Environment: SARM_CPU_ONLY=1  no CUDA, even if torch has it
              FORCE_CUDA=1     CUDA or an error (for build machines without a GPU)
              SARM_NO_EXT=1    no extension at all: every op runs its PyTorch reference
+             TORCH_CUDA_ARCH_LIST    GPUs to build for; default: every supported one
 """
 
 import os
@@ -64,6 +65,12 @@ def use_cuda(torch, cuda_home: str | None) -> bool:
     return missing is None
 
 
+def architectures(cuda_version: str) -> str:
+    """A100 to B200, RTX 30 to 50, and PTX for what comes after; Blackwell came with CUDA 12.8."""
+    blackwell = tuple(int(part) for part in cuda_version.split(".")[:2]) >= (12, 8)
+    return "8.0;8.6;8.9;9.0" + (";10.0;12.0" if blackwell else "") + "+PTX"
+
+
 def extension() -> dict:
     torch = import_torch()
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
@@ -71,13 +78,16 @@ def extension() -> dict:
     cuda = use_cuda(torch, CUDA_HOME)
     cxx = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", TORCH_TARGET]
     nvcc = ["-O3", "-std=c++17", "-lineinfo", TORCH_TARGET]
+    kernels = [*sources("*.cpp"), *sources("cpu/*.cpp")]
     if cuda:
-        cxx.append("-DUSE_CUDA")
-        nvcc.append("-DUSE_CUDA")
+        cxx.append("-DUSE_CUDA")  # declares the stream functions of the stable ABI
+        kernels += ["csrc/cuda/bindings.cpp", *sources("cuda/*.cu")]
+        # Unset, torch would build for the GPUs of this machine, and fail on one without.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(torch.version.cuda))
     make = CUDAExtension if cuda else CppExtension
     module = make(
         "sarm._C",
-        ["csrc/bindings.cpp", "csrc/topk_encode.cpp", *sources("cpu/*.cpp"), *(sources("cuda/*.cu") if cuda else [])],
+        kernels,
         include_dirs=[str(ROOT / "csrc")],
         depends=[*sources("common/*.h"), *sources("cpu/*.h"), *sources("cuda/*.h")],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},

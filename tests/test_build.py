@@ -11,7 +11,7 @@ import pytest
 from sarm.ops import cpu
 
 ROOT = Path(__file__).parents[1]
-SWITCHES = ("SARM_", "FORCE_CUDA", "PYTHONPATH", "TRITON_")
+SWITCHES = ("SARM_", "FORCE_CUDA", "PYTHONPATH", "TORCH_CUDA_", "TRITON_")
 
 
 def run(*arguments, **environment):
@@ -78,6 +78,61 @@ def test_force_cuda_with_the_torch_of_this_machine():
     assert result.returncode != 0
     expected = f"sarm: FORCE_CUDA=1 needs a CUDA build of torch; found torch {torch.__version__}"
     assert result.stderr.strip().splitlines()[-1] == expected
+
+
+CUDA_TORCH = """
+__version__ = '2.13.0+cu130'
+class version: cuda = '{cuda}'
+"""
+RECORDER = """
+import os, sys
+CUDA_HOME = '/usr/local/cuda'
+BuildExtension = CppExtension = None
+def CUDAExtension(name, sources, extra_compile_args, **options):
+    print(name, os.environ['TORCH_CUDA_ARCH_LIST'], *sources, *extra_compile_args['cxx'])
+    sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("cuda", "switches", "expected"),
+    [
+        ("13.0", {}, "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ("12.6", {}, "8.0;8.6;8.9;9.0+PTX"),
+        ("13.0", {"TORCH_CUDA_ARCH_LIST": "9.0"}, "9.0"),
+        ("13.0", {"FORCE_CUDA": "1"}, "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+    ],
+)
+def test_a_cuda_torch_builds_the_cuda_kernels(stub_torch, cuda, switches, expected):
+    path = stub_torch(CUDA_TORCH.format(cuda=cuda))
+    utils = Path(path) / "torch" / "utils"
+    utils.mkdir()
+    (utils / "__init__.py").write_text("")
+    (utils / "cpp_extension.py").write_text(RECORDER)
+    result = run("setup.py", "--version", PYTHONPATH=path, **switches)
+    assert result.returncode == 0, result.stderr
+    name, targets, *given = result.stdout.split()
+    assert (name, targets) == ("sarm._C", expected)
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert {*kernels, "csrc/bindings.cpp", "csrc/cuda/bindings.cpp", "-DUSE_CUDA"} <= set(given)
+    assert len(kernels) == 5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_cuda_bindings_compile_without_a_cuda_toolkit():
+    # As for a GPU, not for the emulator: CUDA's headers are for the .cu files alone.
+    import torch
+
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-std=c++17", "-Wall", "-Werror", "-DUSE_CUDA", "-fsyntax-only", "-isystem", include]
+    target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    result = subprocess.run(
+        ["g++", *flags, target, "-Icsrc", "csrc/cuda/bindings.cpp"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_contradicting_switches():

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sarm.ops import cpu, reference, triton_backend
+from sarm.ops import cpu, cuda, reference, triton_backend
 
 OPS = ("topk_encode", "sparse_value", "gather_sum", "gather_dot", "scatter_outer")
 ENVIRONMENT_VARIABLE = "SARM_BACKEND"
@@ -61,12 +61,7 @@ BACKENDS: dict[str, Backend] = {
         triton_backend.rejects,
         "Triton kernels of sarm.kernels",
     ),
-    "cuda": Backend(
-        {},
-        lambda: "not built: this version has no CUDA sources (csrc/cuda)",
-        lambda op, tensors: None,
-        "CUDA C++ kernels of sarm._C",
-    ),
+    "cuda": Backend(cuda.OPS, cuda.unavailable, cuda.rejects, "CUDA C++ kernels of sarm._C"),
 }
 
 _AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}

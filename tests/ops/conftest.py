@@ -1,25 +1,45 @@
 """What the op tests share: backends, inputs, and the one rule and table of tolerances."""
 
+import contextlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from sarm import ops
+from sarm.ops import cuda
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_emulator"))
+
+import emulator_build
 
 # error(ours) <= 2 x error(PyTorch in the same dtype) + FLOOR x scale, where errors are against
 # fp64. The floor is about one rounding of the result, because PyTorch may be exact by luck; where a
 # sum may cancel, `terms` (the sum of its terms' absolute values) is the scale that is rounded.
 FLOOR = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    """The CUDA kernels compiled for the CPU (tests/cuda_emulator), once a session."""
+    if (reason := emulator_build.missing()) is not None:
+        pytest.skip(reason)
+    return emulator_build.library(tmp_path_factory.mktemp("cuda_emulator"))
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Run the test on one backend, chosen by name: it fails rather than falls back."""
-    reason = ops.dispatch.BACKENDS[request.param].unavailable()
-    if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
-    with ops.use_backend(request.param):
+    with contextlib.ExitStack() as stack:
+        if request.param == "cuda":
+            stack.enter_context(cuda.emulated(request.getfixturevalue("emulator")))
+        reason = ops.dispatch.BACKENDS[request.param].unavailable()
+        if reason is not None:
+            pytest.skip(f"backend {request.param}: {reason}")
+        stack.enter_context(ops.use_backend(request.param))
         yield request.param
 
 
