@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 KERNELS = sorted(CSRC.glob("cpu/*.cpp"))
-FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-std=c++17",
+FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-std=c++17",
          "-D_GLIBCXX_ASSERTIONS", "-Wno-psabi"]  # fmt: skip
 
 CHECKS = [
