@@ -79,7 +79,7 @@ def dense_pre(p, x):
 
 
 def dense_topk(pre, k, idx=None):
-    """All but the k largest set to zero. Rounded products may order near ties otherwise: give idx."""
+    """All but the k largest set to zero. Rounded products may order near ties otherwise."""
     idx = pre.topk(k, dim=1).indices if idx is None else idx
     return torch.zeros_like(pre).scatter(1, idx, pre.gather(1, idx))
 
