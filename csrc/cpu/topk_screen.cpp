@@ -22,26 +22,32 @@ constexpr int64_t kSample = 16;  // one latent of so many
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kUnit = 0x1p-24f;  // half an ulp of 1
 
-// Rounding of the sums x.w + b on both sides, generously; and of the tile itself where the GEMM
-// rounds its output to bf16 (half an ulp is 2^-9).
-template <class S>
-constexpr float kRelative = std::is_same_v<S, bf16> ? 0x1p-8f : 0x1p-21f;
+// Rounding of the sums x.w + b on both sides, generously.
+constexpr float kRelative = 0x1p-21f;
+
+// What rounding the tile itself to bf16 may have taken: half an ulp, 2^-8 of the product (not of
+// product + bias, which may cancel).
+SARM_INLINE float rounded_off(float) { return 0.0f; }
+SARM_INLINE float rounded_off(bf16 v) {
+  const float size = to_float(bf16{static_cast<uint16_t>(v.bits & 0x7FFFu)}) * 0x1.01p-8f;
+  return size < std::numeric_limits<float>::max() ? size : 0.0f;
+}
 
 // Of pre = tile + bias: what it may be off by. |pre| stays finite, so that a latent whose bias is
 // -inf stays at -inf.
-template <class S>
 SARM_INLINE float slack_of(float pre, float error) {
   float size = pre < 0.0f ? -pre : pre;
   size = size < std::numeric_limits<float>::max() ? size : std::numeric_limits<float>::max();
-  return error + kRelative<S> * size;
+  return error + kRelative * size;
 }
 
 // The smallest pre whose `high` can reach the bound, a little less: pre + kRelative |pre| is
 // monotone in pre. One comparison a latent, where low and high cost five operations.
-template <class S>
 SARM_INLINE float threshold(float bound, float error) {
   const float y = bound - error;
-  const float pre = y >= 0.0f ? y / (1.0f + kRelative<S>) : y / (1.0f - kRelative<S>);
+  const float pre = y >= 0.0f ? y / (1.0f + kRelative) : y / (1.0f - kRelative);
+  // -inf never passes: a latent switched off by its bias is wanted only where fewer than K are on.
+  if (!(pre > -kInf)) return std::numeric_limits<float>::lowest();
   return pre < kInf ? pre - std::fabs(pre) * 0x1p-20f : pre;
 }
 
@@ -83,12 +89,12 @@ SARM_INLINE float bound_of_maxima(const S* tile, const float* bias, float error,
   for (int64_t i = 0; i < C; i += groups) {
     const int64_t width = std::min(groups, C - i);
     for (int64_t g = 0; g < width; ++g) {
-      const float pre = to_float(tile[i + g]) + bias[i + g];
+      const float pre = to_float(tile[i + g]) - rounded_off(tile[i + g]) + bias[i + g];
       maxima[g] = pre > maxima[g] ? pre : maxima[g];
     }
   }
   std::nth_element(maxima, maxima + (K - 1), maxima + groups, std::greater<float>());
-  return maxima[K - 1] - slack_of<S>(maxima[K - 1], error);
+  return maxima[K - 1] - slack_of(maxima[K - 1], error);
 }
 
 template <class S>
@@ -116,23 +122,27 @@ struct ScreenTile {
       if (row->count == 0 && row->bound == -kInf) {
         row->bound = bound_of_maxima(pres, bias, most, C, K);
       }
-      float least = threshold<S>(row->bound, most);
+      float least = threshold(row->bound, most);
       for (int64_t i = 0; i < C; i += kBlock) {
         const int64_t width = std::min(kBlock, C - i);
         uint32_t passing = 0;  // a bit for each; "not <" lets NaN pass
         if (width == kBlock) {
           for (int64_t t = 0; t < kBlock; ++t) {
-            passing |= static_cast<uint32_t>(!(to_float(pres[i + t]) + bias[i + t] < least)) << t;
+            passing |= static_cast<uint32_t>(!(
+                           to_float(pres[i + t]) + rounded_off(pres[i + t]) + bias[i + t] < least))
+                       << t;
           }
         } else {
           for (int64_t t = 0; t < width; ++t) {
-            passing |= static_cast<uint32_t>(!(to_float(pres[i + t]) + bias[i + t] < least)) << t;
+            passing |= static_cast<uint32_t>(!(
+                           to_float(pres[i + t]) + rounded_off(pres[i + t]) + bias[i + t] < least))
+                       << t;
           }
         }
         for (; passing != 0; passing &= passing - 1) {
           const int64_t l = i + __builtin_ctz(passing);
           const float pre = to_float(pres[l]) + bias[l];
-          const float slack = slack_of<S>(pre, row->norm * error[l]);
+          const float slack = slack_of(pre, row->norm * error[l] + rounded_off(pres[l]));
           row->undecided |= pre != pre;
           mine[row->count++] = {pre - slack, pre + slack, static_cast<uint32_t>(latent + l)};
         }
@@ -140,7 +150,7 @@ struct ScreenTile {
         if (row->count >= capacity && capacity < L) {
           make_room(row, mine, K, capacity);
           if (row->undecided) break;
-          least = threshold<S>(row->bound, most);
+          least = threshold(row->bound, most);
         }
       }
     }
@@ -265,6 +275,10 @@ void tighten_row(ScreenRow* row, Candidate* candidates, int64_t splits, int64_t 
   for (int64_t s = 0; s < splits; ++s) {
     const Candidate* c = candidates + s * apart * stride;
     for (int64_t i = 0; i < row[s * apart].count; ++i) lows->push_back(c[i].low);
+  }
+  if (static_cast<int64_t>(lows->size()) < K) {
+    for (int64_t s = 0; s < splits; ++s) row[s * apart].undecided = true;
+    return;
   }
   const auto kth = lows->begin() + (K - 1);
   std::nth_element(lows->begin(), kth, lows->end(), std::greater<float>());

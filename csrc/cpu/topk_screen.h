@@ -4,7 +4,7 @@
 // A GEMM of the vendor library gives a tile of approximate pre-activations; its order of summation
 // depends on the shape, and its output may be rounded to bf16. Each is known to lie within
 //
-//     [low, high] = pre -+ (||x|| * error[l] + kRelative * |pre|)
+//     [low, high] = pre -+ (||x|| * error[l] + kRelative * |pre| + rounding of the tile's output)
 //
 // of the exact one (the fp32 dot of lanes.h plus the bias). The K-th largest `low` seen so far is a
 // lower bound of the row's K-th largest exact value, so an entry whose `high` does not reach it is
@@ -64,7 +64,8 @@ void screen_tile(const S* tile, const float* bias, const float* error, ScreenRow
                  Candidate* candidates, int64_t R, int64_t C, int64_t latent, int64_t K, int64_t L);
 
 // After the last tile: drops from the lists of one row (one a split, `apart` rows and candidates
-// apart) what cannot be among the K best of them all. lows: scratch.
+// apart) what cannot be among the K best of them all. Undecided if fewer than K latents are above
+// -inf. lows: scratch.
 void tighten_row(ScreenRow* row, Candidate* candidates, int64_t splits, int64_t apart, int64_t K,
                  int64_t L, std::vector<float>* lows);
 

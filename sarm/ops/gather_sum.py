@@ -20,7 +20,7 @@ def gather_sum(vals: Tensor, idx: Tensor, w: Tensor) -> Tensor:
     (N, n_latents) activations nor the gathered (N, k, d_model) rows.
 
     Args:
-        vals: (N, k) fp32 (fp64 for fp64 w).
+        vals: (N, k) fp32 (fp64 for fp64 w), finite: -inf * 0 is NaN.
         idx: (N, k) int64 in [0, n_latents).
         w: (n_latents, d_model) fp32 | bf16 | fp16 | fp64.
 

@@ -28,7 +28,11 @@ def topk_encode(
     The (N, n_latents) product is never stored: extra memory is O(N * k) plus a tile of <= 64 MiB.
     Products are summed in fp32 (fp64 for fp64 inputs). The selection is signed: negative values
     may be among the k largest. NaN ranks highest, as in torch.topk. Under autocast x and w_enc
-    are cast to its dtype; vals stay fp32.
+    are cast to its dtype; vals stay fp32. On the CPU a row has the same bits in every batch and
+    for any number of threads.
+
+    A bias of -inf switches a latent off (AuxK chooses among dead latents so). Where fewer than k
+    are on, vals hold -inf, which gather_sum would multiply: mask them, or use relu=True.
 
     Args:
         x: (N, d_model) fp32 | bf16 | fp16 | fp64.

@@ -254,6 +254,10 @@ int64_t encode_screened(const Problem<T>& p, const Truth& truth, const Cut& cut,
     }
     sarm::cpu::tighten_row(rows.data() + n, candidates.data() + n * stride, cut.splits, p.N, p.K,
                            p.L, &lows);
+    if (rows[n].undecided) {  // fewer than K latents above -inf
+      undecided.push_back(n);
+      continue;
+    }
     for (int64_t s = 0; s < cut.splits && !cut.sampled; ++s) {
       const Candidate* c = candidates.data() + (s * p.N + n) * stride;
       for (int64_t i = 0; i < rows[s * p.N + n].count; ++i) expect_enclosed(truth, p.L, n, c[i]);
