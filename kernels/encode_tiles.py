@@ -119,7 +119,7 @@ class Tile(NamedTuple):
 # For at most so many rows: the tile. No form spills; registers leave room for the stated warps.
 # 16 and 64 rows read w once, or once per 64 rows from L2: bound by memory, which two programs of
 # 4 warps saturate, each with a stage of 16 KiB of w on its way.
-_FEW = {16: Tile(16, 64, 4, 3, 8), 128: Tile(64, 64, 4, 3, 8)}
+_FEW: dict[int | None, Tile] = {16: Tile(16, 64, 4, 3, 8), 128: Tile(64, 64, 4, 3, 8)}
 _MANY = {
     # Two programs of 4 warps, 128 accumulators a thread: one computes while the other selects.
     None: Tile(128, 32, 4, 4, 8),
@@ -176,6 +176,8 @@ def builds(capability: int) -> Builds:
                 form = encode_form(capability, itemsize, rows, d_model, dense)
                 forms[form.constants["BLOCK_N"]] = form
             for block_n, form in forms.items():
-                label = f"encode_tiles {block_n} rows{' dense' * dense}{', odd d' * (d_model == 65)}"
+                label = (
+                    f"encode_tiles {block_n} rows{' dense' * dense}{', odd d' * (d_model == 65)}"
+                )
                 aligned = () if d_model % 16 else ("D",)
                 yield Build(label, form, types, aligned, tensor_cores=itemsize == 2)

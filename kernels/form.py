@@ -65,6 +65,14 @@ class Build:
 Builds = Iterator[Build]
 
 
+def kernel_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
+    """What a kernel writes so that its result, converted, has `dtype`: it rounds on a GPU itself.
+
+    Triton 3.9's interpreter cuts fp32 down to bf16 where it should round.
+    """
+    return dtype if tensor.is_cuda else torch.float32
+
+
 def capability(tensor: Tensor) -> int:
     """The compute capability of the tensor's device."""
     if not tensor.is_cuda:

@@ -29,7 +29,7 @@ def gather_dot_kernel(
     j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     idx = tl.load(idx_ptr + n * K + j, mask=j < K, other=0)
     out_ptr += n * K
-    total = tl.load(out_ptr + j, mask=(j < K) & (begin > 0), other=0.0)
+    total = tl.load(out_ptr + j, mask=j < tl.where(begin > 0, K, 0), other=0.0)
     for first in range(begin, end, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         y = tl.load(y_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -53,7 +53,7 @@ def gather_dot(y: Tensor, idx: Tensor, w: Tensor) -> Tensor:
     Indices are not checked: the caller guarantees 0 <= idx < n_latents.
     """
     (n, k), (n_latents, d_model) = idx.shape, w.shape
-    out = torch.empty((n, k), dtype=torch.float32, device=w.device)
+    out = w.new_empty((n, k), dtype=torch.float32)
     width = slice_width(n_latents, d_model, w.element_size())
     reused = n * k >= 2 * n_latents and w.numel() * w.element_size() > L2_BYTES
     step = width if reused else max(d_model, 1)

@@ -9,12 +9,11 @@ slice stays in the L2 while all tokens pass (kernels/slices.py); vals and idx ar
     BLOCK_K, BLOCK_D: rows of w x width of the slice, held in registers
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarm.kernels.form import Build, Builds, Form
+from sarm.kernels.form import Build, Builds, Form, kernel_dtype
 from sarm.kernels.slices import NUM_WARPS, TILE, WIDTHS, slice_width
 
 
@@ -50,11 +49,11 @@ def gather_sum(vals: Tensor, idx: Tensor, w: Tensor) -> Tensor:
     Indices are not checked: the caller guarantees 0 <= idx < n_latents.
     """
     (n, k), (n_latents, d_model) = vals.shape, w.shape
-    out = torch.empty((n, d_model), dtype=w.dtype, device=w.device)
+    out = w.new_empty((n, d_model), dtype=kernel_dtype(w.dtype, w))
     width = slice_width(n_latents, d_model, w.element_size())
     grid = (n, triton.cdiv(d_model, width))
     gather_sum_form(width).launch(grid, vals, idx, w, out, k, d_model)
-    return out
+    return out.to(w.dtype)
 
 
 def builds(capability: int) -> Builds:

@@ -1,10 +1,10 @@
 """Values as integers in the order of the selection.
 
-    value  ->  key     int32; a larger key ranks higher; equal values, -0 and +0, and NaN of either
-                       sign have one key each, and NaN the highest
-    key, index  ->  packed    int64: key above, inverted index below, so that among equal keys the
-                       lowest index is the largest. No two entries of a row are equal: comparing
-                       packed integers is the whole order of the result.
+key     int32 of a value; larger ranks higher. Equal values have one key, and so have -0 and +0,
+and NaN of either sign, whose key is the highest.
+packed  int64 of key (upper half) and inverted index (lower half): among equal keys the lowest
+index is the largest. No two entries of a row are equal, and comparing them as integers
+is the whole order of the result.
 """
 
 import triton

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarm.kernels.form import Build, Builds, Form
+from sarm.kernels.form import Build, Builds, Form, kernel_dtype
 from sarm.kernels.slices import NUM_WARPS, TILE, WIDTHS, slice_width
 
 PIECE = 1024  # entries: 16 KiB of indices and 512 KiB of y for the busiest program of a slice
@@ -118,8 +118,8 @@ def sum_segments_kernel(
 def scatter_form(kernel: triton.JITFunction, width: int) -> Form:
     """For slices of that width."""
     constants = {"BLOCK_E": TILE // width, "BLOCK_D": width}
-    # As in gather_sum: 24 warps keep 96 KiB in flight an SM.
-    return Form(kernel, constants, NUM_WARPS, warps_per_sm=24)
+    # 20 warps keep 80 KiB of y in flight an SM, more than an L2's latency times its bandwidth.
+    return Form(kernel, constants, NUM_WARPS, warps_per_sm=20)
 
 
 def scatter_outer(a: Tensor, idx: Tensor, y: Tensor, n_latents: int, dtype: torch.dtype) -> Tensor:
@@ -128,7 +128,7 @@ def scatter_outer(a: Tensor, idx: Tensor, y: Tensor, n_latents: int, dtype: torc
     Indices are not checked: the caller guarantees 0 <= idx < n_latents.
     """
     (n, k), d_model, entries = idx.shape, y.shape[1], idx.numel()
-    out = y.new_empty((n_latents, d_model), dtype=dtype)
+    out = y.new_empty((n_latents, d_model), dtype=kernel_dtype(dtype, y))
     latent, order = idx.flatten().int().sort(stable=True)
     token = (order // max(k, 1)).int()
     coef = a.flatten()[order]
@@ -154,7 +154,7 @@ def scatter_outer(a: Tensor, idx: Tensor, y: Tensor, n_latents: int, dtype: torc
     scatter_form(sum_segments_kernel, width).launch(
         (n_latents, slices), token, coef, begin, piece_end, y, partial, out, d_model, piece
     )
-    return out
+    return out.to(dtype)
 
 
 def builds(capability: int) -> Builds:

@@ -9,7 +9,8 @@ bitonic sort of the row would take 78.
     all entries     TILED = False: the row is all pre-activations; the index is the position
     candidates      TILED = True: the T best of every tile of BLOCK_L latents. The result is certain
                     unless a tile's last candidate is selected: the tile may hold more. Such rows
-                    are marked in failed_ptr, and the caller computes them again from all entries.
+                    are marked in failed_ptr (with the number of such tiles), and the caller
+                    computes them again from all entries.
 
 Positions ascend with the index among equal keys in both layouts, so ties go to the lowest index.
 
@@ -28,6 +29,8 @@ from sarm.kernels.keys import PACKED_PAD, PAD, index_of_packed, key_of_packed, p
 # Rows of up to so many keys stay in registers (with how many warps); longer ones are read again,
 # from L2, for every bit.
 BLOCKS_C = {1024: 4, 4096: 4, 16384: 16}
+STREAMED_C = 8192
+STREAMED_WARPS = 16
 BLOCK_S = 1024  # collecting takes ten registers a key, so it goes in shorter blocks, from L1
 # An entry's place is the number of entries above it: K * K comparisons, fewer instructions than a
 # bitonic sort up to K of about 300, and four times as many at 1024; beyond, torch.sort.
@@ -71,8 +74,10 @@ def select_kernel(
     row = tl.program_id(0).to(tl.int64)
     keys_ptr += row * C
     packed_ptr += row * K
-    at = tl.arange(0, BLOCK_C)
-    held = tl.load(keys_ptr + at, mask=at < C, other=PAD)
+    held = PAD
+    if RESIDENT:
+        at = tl.arange(0, BLOCK_C)
+        held = tl.load(keys_ptr + at, mask=at < C, other=PAD)
 
     # The largest threshold that K keys reach: first its sign, then one bit after the other.
     threshold = PAD
@@ -113,7 +118,7 @@ def select_kernel(
         above_before += tl.sum(above.to(tl.int32))
         equal_before += tl.sum(equal.to(tl.int32))
     if TILED:
-        tl.store(failed_ptr + row, (last_taken > 0).to(tl.int8))
+        tl.store(failed_ptr + row, last_taken)
 
 
 @triton.jit(do_not_specialize=["K", "relu"])
@@ -147,16 +152,17 @@ def order_kernel(
 
 def select_form(c: int, block_l: int | None) -> Form:
     """For rows of c keys: candidates of tiles of block_l latents, or all entries (None)."""
-    block_c = next((size for size in BLOCKS_C if c <= size), max(BLOCKS_C))
+    block_c = next((size for size in BLOCKS_C if c <= size), STREAMED_C)
     constants = {
         "BLOCK_L": block_l or 0,
         "BLOCK_C": block_c,
         "BLOCK_S": BLOCK_S,
-        "RESIDENT": c <= block_c,
+        "RESIDENT": c <= max(BLOCKS_C),
         "TILED": block_l is not None,
     }
     # A pass is a few instructions and a barrier: 16 warps an SM cover each other's.
-    return Form(select_kernel, constants, BLOCKS_C[block_c], warps_per_sm=16)
+    num_warps = BLOCKS_C.get(block_c, STREAMED_WARPS)
+    return Form(select_kernel, constants, num_warps, warps_per_sm=16)
 
 
 def order_form(k: int) -> Form:
@@ -167,7 +173,7 @@ def order_form(k: int) -> Form:
 
 def builds(capability: int) -> Builds:
     """Every form; none depends on the architecture."""
-    types = {"keys_ptr": "*i32", "cols_ptr": "*u8", "packed_ptr": "*i64", "failed_ptr": "*i8"}
+    types = {"keys_ptr": "*i32", "cols_ptr": "*u8", "packed_ptr": "*i64", "failed_ptr": "*i32"}
     types |= dict.fromkeys("CKT", "i32")
     for tiled in (True, False):
         for c in (*BLOCKS_C, max(BLOCKS_C) + 1):

@@ -56,8 +56,8 @@ def sparse_value_form(k: int) -> Form:
     """For k active latents."""
     block_k = min(MAX_BLOCK_K, triton.next_power_of_2(max(k, 1)))
     constants = {"BLOCK_N": TILE // block_k, "BLOCK_K": block_k}
-    # Gathers wait for the L2: 20 warps, each with 8 gathers a thread on their way.
-    return Form(sparse_value_kernel, constants, NUM_WARPS, warps_per_sm=20)
+    # Gathers wait for the L2: 16 warps, each with 8 gathers a thread on their way.
+    return Form(sparse_value_kernel, constants, NUM_WARPS, warps_per_sm=16)
 
 
 def sparse_value(vals: Tensor, idx: Tensor, w_head: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Two routes, both exact and deterministic (no atomics):
 
     candidates  encode_tiles_kernel keeps the T best of every row in each tile of 128 latents;
                 select_kernel picks the row's k best of these and checks that no tile can hold more
-                (kernels/select_keys.py). T is chosen so that about one row in a thousand fails the
+                (kernels/select_keys.py). T is chosen so that at most one row in 500 fails the
                 check if a row's active latents fall anywhere. Rows that fail (concentrated,
                 constant, all NaN) take the other route.
     all keys    the same kernel writes all keys of a few rows, and select_kernel reads them. For
@@ -30,8 +30,8 @@ from sarm.kernels.form import capability
 from sarm.kernels.select_keys import MAX_RANKED, order_form, select_form
 
 TILE_BYTES = 60 * 2**20  # of keys; with the rows that are gathered to be run again, 64 MiB
-MAX_CANDIDATES = 16  # of 128: above, a tile's selection costs more than its products
-FAILED_ROWS = 1e-3
+MAX_CANDIDATES = 24  # above, a tile's selection takes as long as its products at d_model = 4096
+FAILED_ROWS = 2e-3
 
 
 def topk_encode(
@@ -50,7 +50,7 @@ def topk_encode(
     if candidates is None:
         _from_all_keys(x, w_enc, b_enc, relu, vals, idx)
         return vals, idx
-    failed = x.new_empty((n,), dtype=torch.int8)
+    failed = x.new_empty((n,), dtype=torch.int32)
     _from_candidates(x, w_enc, b_enc, relu, vals, idx, candidates, failed)
     rows = rows_to_repeat(failed)
     step = max(1, 2 * 2**20 // (x.shape[1] * x.element_size() + 12 * k))  # gathered: 2 MiB
@@ -68,7 +68,7 @@ def rows_to_repeat(failed: Tensor) -> Tensor:
 
 @functools.cache
 def candidates_per_tile(n_latents: int, k: int) -> int | None:
-    """The smallest T for which a row fails its check in 1 of 1000 cases; None: all keys.
+    """The smallest T for which a row fails its check in 1 of 500 cases; None: all keys.
 
     A tile fails when it holds T or more of the row's k active latents. With latents in random order
     their number is nearly Poisson with mean k * BLOCK_L / n_latents.
@@ -76,7 +76,7 @@ def candidates_per_tile(n_latents: int, k: int) -> int | None:
     tiles, mean = triton.cdiv(n_latents, BLOCK_L), k * BLOCK_L / n_latents
     probability = math.exp(-mean)  # of t active latents
     tail = 1.0 - probability  # of more than t
-    for t in range(1, MAX_CANDIDATES):
+    for t in range(1, MAX_CANDIDATES + 1):
         if tiles * tail <= FAILED_ROWS:
             return t
         probability *= mean / t

@@ -1,11 +1,14 @@
 """Compiles every form of every Triton kernel ahead of time, without a GPU, and measures the code.
 
     python tests/kernels/compiled.py 80 90 > compiled.json
+    python tests/kernels/compiled.py 90 --max-registers 128 --kernel "encode_tiles 256 rows"
 
 A process of its own, because Triton compiles nothing once it has been imported with
 TRITON_INTERPRET=1. tests/kernels/report.py prints the result as a table.
 """
 
+import argparse
+import dataclasses
 import importlib
 import json
 import re
@@ -74,6 +77,8 @@ def compile_build(build, capability):
         ),
         "budget": form.warps_per_sm,
         "tensor_cores": build.tensor_cores,
+        # How fp32 becomes bf16: to nearest (rn) or cut (rz).
+        "rounds": sorted(set(re.findall(r"cvt\.(r\w)\.bf16", compiled.asm["ptx"]))),
         "instructions": [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]],
     }
 
@@ -104,15 +109,28 @@ def resident_warps(capability, num_warps, registers, shared):
     return programs * num_warps
 
 
+def with_registers(build, max_registers):
+    """The build under another limit: how the tests see a spill."""
+    if max_registers is None:
+        return build
+    form = dataclasses.replace(build.form, max_registers=max_registers)
+    return dataclasses.replace(build, form=form)
+
+
 def main():
     """Prints a JSON list: one entry for each build and capability of the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capability", type=int, nargs="+")
+    parser.add_argument("--kernel", help="only the build of this label")
+    parser.add_argument("--max-registers", type=int, help="instead of the form's own")
+    arguments = parser.parse_args()
     start = time.process_time()
-    rows = []
-    for capability in map(int, sys.argv[1:]):
-        for build in builds(capability):
-            t = time.process_time()
-            rows.append(compile_build(build, capability))
-            print(build.label, rows[-1]["dtype"], time.process_time()-t, file=sys.stderr)
+    rows = [
+        compile_build(with_registers(build, arguments.max_registers), capability)
+        for capability in arguments.capability
+        for build in builds(capability)
+        if arguments.kernel in (None, build.label)
+    ]
     print(json.dumps(rows))
     print(f"{len(rows)} builds, {time.process_time() - start:.0f} CPU seconds", file=sys.stderr)
 

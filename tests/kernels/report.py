@@ -1,6 +1,6 @@
 """Prints registers, spills, shared memory and occupancy of every compiled kernel as a table.
 
-    python tests/kernels/report.py [CAPABILITY ...]
+python tests/kernels/report.py [CAPABILITY ...]
 """
 
 import json
@@ -12,12 +12,12 @@ from pathlib import Path
 COMPILED = Path(__file__).parent / "compiled.py"
 
 
-def compile_all(capabilities, **environment):
-    """The measurements of compiled.py, made in a process without Triton's interpreter."""
+def compile_all(*arguments, **environment):
+    """The output of compiled.py, run in a process without Triton's interpreter."""
     environment = {**os.environ, **environment}
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
-        [sys.executable, str(COMPILED), *map(str, capabilities)],
+        [sys.executable, str(COMPILED), *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment,
@@ -51,4 +51,4 @@ def table(rows):
 if __name__ == "__main__":
     from sarm.kernels.form import CAPABILITIES
 
-    print(table(compile_all(list(map(int, sys.argv[1:])) or CAPABILITIES)))
+    print(table(compile_all(*(sys.argv[1:] or CAPABILITIES))))

@@ -10,7 +10,7 @@ from sarm import ops
 # sum may cancel, `terms` (the sum of its terms' absolute values) is the scale that is rounded.
 FLOOR = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 
 @pytest.fixture(params=BACKENDS)
