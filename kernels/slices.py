@@ -2,8 +2,8 @@
 
 A gather kernel reads a row of its table (w, or y in scatter_outer) for every active latent: 51 GB
 at N = 32,768, k = 192, d_model = 4096 in bf16, 17 ms of an H100's memory at 3 TB/s, and its L2 has
-about twice the bandwidth. So all programs work on one slice of d_model at a time, and the slice of the
-table, rows * width * itemsize, stays in the L2: 32 MiB of 50 (A100: 40, GeForce 4090: 72).
+about twice the bandwidth. So all programs work on one slice of d_model at a time, and the slice of
+the table, rows * width * itemsize, stays in the L2: 32 MiB of 50 (A100: 40, GeForce 4090: 72).
 """
 
 L2_BYTES = 32 * 2**20

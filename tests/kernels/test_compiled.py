@@ -1,13 +1,7 @@
 """Every kernel in every form that the launchers use, compiled for every architecture: budgets."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # compiled.py and report.py are also commands
-
 import compiled
+import pytest
 import report
 
 from sarm.kernels.form import CAPABILITIES
@@ -39,9 +33,7 @@ def test_budgets(capability, tmp_path):
         "sum_segments",
     }
     broken = [row for row in rows if violations(row)]
-    assert not broken, (
-        "\n" + report.table(broken) + "\n" + "\n".join(str(violations(r)) for r in broken)
-    )
+    assert not broken, "\n".join(["", report.table(broken), *map(str, map(violations, broken))])
 
 
 def violations(row):

@@ -1,4 +1,4 @@
-"""What tests/ops does not reach in the interpreter: fp16, long segments, slices, a mixed backward."""
+"""What tests/ops does not reach in the interpreter: fp16, long segments, slices; its own errors."""
 
 import pytest
 import torch
@@ -47,9 +47,9 @@ def test_fp16():
 
 
 @pytest.mark.parametrize("popular", [0, 1, 3])
-@pytest.mark.parametrize("piece", [1, 7, 64])
+@pytest.mark.parametrize("piece", [1, 7, 15, 64])
 def test_long_segments_are_summed_in_pieces(monkeypatch, piece, popular):
-    n, k, n_latents, d = 40, 5, 12, 70
+    n, k, n_latents, d = 16, 5, 7, 70
     monkeypatch.setattr(scatter_outer, "PIECE", piece)
     a, y = torch.randn(n, k), torch.randn(n, d)
     idx = torch.randint(n_latents, (n, k))

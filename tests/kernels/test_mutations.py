@@ -1,13 +1,14 @@
 """The parity tests can fail: one wrong character in a kernel, or a skipped check, turns them red.
 
-A mutant is a copy of a kernel file with one replacement, whose kernel the launcher then runs.
+A mutant is a copy of a kernel file with one replacement, whose kernel the launcher then runs. Only
+mutants that stay inside their arrays: the interpreter does not check addresses.
 """
 
 import importlib.util
 
 import pytest
 import torch
-from test_topk_candidates import agrees, concentrated, one_level, scattered
+from encoded_rows import agrees, concentrated, one_level, scattered
 
 from sarm import ops
 from sarm.kernels import encode_tiles, gather_dot, gather_sum, scatter_outer, select_keys
@@ -41,7 +42,8 @@ def mutate(monkeypatch, tmp_path):
 def topk_is_right():
     rows = torch.cat([scattered(4), concentrated(2), one_level(1)])
     levels = torch.randint(-3, 4, (3, 300)).float()
-    return agrees(rows) and agrees(levels, 40) and agrees(levels - 10, 7)
+    every = scattered(2)[:, :129]  # all results, the last latent's too
+    return agrees(rows) and agrees(levels, 40) and agrees(levels - 10, 7) and agrees(every, 129)
 
 
 def test_the_unchanged_kernels_pass(mutate):
@@ -66,10 +68,8 @@ ENCODE = (encode_tiles, "encode_tiles_kernel")
     ("kernel", "old", "new"),
     [
         (SELECT, "(equal_rank < K)", "(equal_rank < K - 1)"),
-        (SELECT, "(equal_rank < K)", "(equal_rank <= K)"),
         (SELECT, "count_at_least(threshold + 1,", "count_at_least(threshold,"),
         (SELECT, "position % T == T - 1", "position % T == T"),
-        (SELECT, "bit = 30", "bit = 29"),
         (ENCODE, "first_l + col < L", "first_l + col < L - 1"),
         (ENCODE, "tl.minimum(col, L - 1 - first_l)", "tl.minimum(col, L - 2 - first_l)"),
         (ENCODE, "d < D - first_d", "d < D - first_d - 1"),
@@ -89,7 +89,6 @@ def test_mutants_of_topk_encode(mutate, monkeypatch, kernel, old, new):
         ((gather_dot, "gather_dot_kernel"), "(d < D)[None, :]", "(d < D - 1)[None, :]"),
         ((gather_dot, "gather_dot_kernel"), "tl.where(begin > 0, K, 0)", "0"),
         ((scatter_outer, "sum_segments_kernel"), "end - begin <= piece", "end - begin < piece"),
-        ((scatter_outer, "sum_pieces_kernel"), "- 1 - p\n", "- p\n"),
         ((scatter_outer, "sum_pieces_kernel"), "tl.minimum(first + piece, end)", "end"),
     ],
 )
@@ -110,7 +109,9 @@ def gathers_are_right():
 
     vals, y, w = integers(n, k), integers(n, d), integers(n_latents, d)
     idx = torch.randint(n_latents, (n, k), generator=generator)
-    idx[:4] = 8  # 20 entries, five full pieces
+    idx[idx == 7] = 6
+    idx[4, :4] = 7  # a segment of just one piece
+    idx[:4] = 8  # 20 entries and more: five pieces
     act = torch.zeros(n, n_latents).scatter_add(1, idx, vals)
     return (
         torch.equal(ops.gather_sum(vals, idx, w), act @ w)

@@ -1,65 +1,22 @@
 """topk_encode's two routes: certified candidates of every tile, and all keys where they fail."""
 
-import math
-
 import pytest
 import torch
+from encoded_rows import (
+    K,
+    L,
+    agrees,
+    all_nan,
+    concentrated,
+    encode,
+    last_tile,
+    one_level,
+    scattered,
+)
 
 from sarm import ops
 from sarm.kernels import select_keys, topk_encode
 from sarm.kernels.encode_tiles import BLOCK_L
-
-L = 5 * BLOCK_L + 37
-K = 6
-
-
-def scattered(n):
-    """Rows whose largest entries fall anywhere."""
-    return torch.randn(n, L)
-
-
-def concentrated(n):
-    """The K largest of a row are neighbours: one tile holds more than T of them."""
-    rows = torch.randn(n, L)
-    for i, row in enumerate(rows):
-        row[(first := 100 * i % (L - K)) : first + K] += 50
-    return rows
-
-
-def one_level(n):
-    return torch.zeros(n, L)
-
-
-def all_nan(n):
-    return torch.full((n, L), math.nan)
-
-
-def last_tile(n):
-    """All results in the ragged tile."""
-    rows = torch.randn(n, L)
-    rows[:, -37:] += 50
-    return rows
-
-
-ROWS = (scattered, concentrated, one_level, all_nan, last_tile)
-
-
-def encode(rows, k=K, dtype=torch.float32):
-    """The encoder whose pre-activations are `rows`, up to the dtype's rounding: one-hot x."""
-    n = len(rows)
-    w_enc = rows.t().contiguous().to(dtype)
-    if rows.isnan().any():  # 0 * NaN would spread
-        return ops.topk_encode(torch.zeros(n, 0), torch.zeros(rows.shape[1], 0), rows[0], k)
-    return ops.topk_encode(torch.eye(n, dtype=dtype), w_enc, torch.zeros(rows.shape[1]), k)
-
-
-def agrees(rows, k=K, dtype=torch.float32):
-    """Whether the result is a stable sort's."""
-    vals, idx = encode(rows, k, dtype)
-    rows = rows.to(dtype).float()
-    expected = rows.sort(dim=1, descending=True, stable=True)
-    same_vals = torch.equal(vals.nan_to_num(1e9), expected.values[:, :k].nan_to_num(1e9))
-    return same_vals and torch.equal(idx, expected.indices[:, :k])
 
 
 @pytest.fixture(autouse=True)
@@ -83,26 +40,26 @@ def repeated(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def fix_candidates(monkeypatch):
+    """fix_candidates(T): T candidates of every tile, whatever the shape; None: all keys."""
+
+    def fix(candidates):
+        monkeypatch.setattr(topk_encode, "candidates_per_tile", lambda *shape: candidates)
+
+    return fix
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("make", "n", "again"),
-    [
-        (scattered, 9, 0),
-        (concentrated, 9, 9),
-        (one_level, 9, 9),
-        (all_nan, 9, 9),
-        (last_tile, 3, 3),
-    ],
-    ids=lambda value: getattr(value, "__name__", value),
-)
-def test_parity(repeated, monkeypatch, make, n, again, dtype):
-    monkeypatch.setattr(topk_encode, "candidates_per_tile", lambda n_latents, k: 5)
-    assert agrees(make(n), dtype=dtype)
-    assert repeated == [again]
+@pytest.mark.parametrize("make", [scattered, concentrated, one_level, all_nan, last_tile])
+def test_parity(repeated, fix_candidates, make, dtype):
+    fix_candidates(5)
+    assert agrees(make(9), dtype=dtype)
+    assert repeated == [0 if make is scattered else 9]
 
 
-def test_only_failing_rows_are_repeated(repeated, monkeypatch):
-    monkeypatch.setattr(topk_encode, "candidates_per_tile", lambda n_latents, k: K)
+def test_only_failing_rows_are_repeated(repeated, fix_candidates):
+    fix_candidates(K)
     rows = scattered(40)
     rows[17, 200:209] += 50
     rows[33] = 0
@@ -112,17 +69,17 @@ def test_only_failing_rows_are_repeated(repeated, monkeypatch):
 
 @pytest.mark.parametrize("candidates", [1, 2, 16])
 @pytest.mark.parametrize("k", [1, 2, 30, 127, 500, L])
-def test_any_k_with_any_number_of_candidates(monkeypatch, k, candidates):
-    monkeypatch.setattr(topk_encode, "candidates_per_tile", lambda n_latents, k: candidates)
+def test_any_k_with_any_number_of_candidates(fix_candidates, k, candidates):
+    fix_candidates(candidates)
     assert agrees(torch.randint(-3, 4, (3, L)).float(), k)
     assert agrees(scattered(2), k)
 
 
 @pytest.mark.parametrize("n_latents", [1, 3, 127, 128, 129, 256])
-def test_few_latents(monkeypatch, n_latents):
+def test_few_latents(fix_candidates, n_latents):
     rows = scattered(3)[:, :n_latents]
     for candidates in (2, None):
-        monkeypatch.setattr(topk_encode, "candidates_per_tile", lambda n_latents, k: candidates)
+        fix_candidates(candidates)
         for k in {1, min(3, n_latents), n_latents}:
             assert agrees(rows, k)
 
