@@ -12,22 +12,24 @@ kernels/select_keys.py checks just that.
     x_ptr (N, D)      w_ptr (L, D)      b_ptr (L,)      all row-major
     keys_ptr (N, L), or (N, tiles, T) with cols_ptr, the column in the tile, of the same shape
 
-What the epilogue costs on an H100 (132 SMs; a clock of an SM: 2048 bf16 multiply-adds on the
-tensor cores, 128 lanes of issue, 64 lanes of integer compare and min/max), for d_model = 4096,
-n_latents = 65536, k = 192, hence T = 6:
-    FLOPs        2 * 4096 = 8192 an element: 2.0 clocks of the SM's tensor cores.
-    epilogue     T passes of about 5 integer operations (compare, tie, two selects, removal):
-                 30 an element, 0.25 clocks of issue, 0.5 clocks of the integer pipe. A warp that
-                 is in its epilogue leaves the tensor cores to the SM's other program: two of them
-                 are resident (below), so the 0.5 clocks hide as long as they are fewer than the
-                 2.0 of the neighbour's products, i.e. down to d_model = 1024; below that the
-                 integer pipe bounds the kernel, at 0.5 clocks an element whatever d_model is.
-    bytes        6 * (4 + 1) for every 128 latents: 15 KiB a row, where bf16 pre-activations would
-                 be 128 KiB written and read again. A program of 128 rows reads 2 * 128 * 8 KiB of
-                 x and w, most of it from L2: GROUP_N row tiles visit one w tile in turn, so w
-                 comes from memory once per GROUP_N * 128 rows (537 MB per 1024 rows, 0.2 of the
-                 time that their products take).
-    small N      one row tile: 512 programs read w once, 537 MB; everything else is below 5 % of it.
+What an element (one pre-activation) costs an H100, for d_model = 4096, n_latents = 65536, k = 192,
+hence T = 6, by arithmetic: nothing here was timed. A clock of one of its 132 SMs: 2048 bf16
+multiply-adds on the tensor cores, 128 lanes of issue, 64 lanes of integer compare and min/max, and
+24 to 39 bytes from the L2 (5.5 TB/s as measured by others, 9 TB/s on paper).
+    products     4096 multiply-adds: 2.0 clocks.
+    L2           a tile of 256 x 128 reads 384 rows of 8 KiB, 96 bytes an element: 2.5 to 4 clocks,
+                 so this bounds the loop. 128 x 128 would read 128 bytes: 3.3 to 5.3 clocks.
+    memory       GROUP_N row tiles visit one w tile in turn, so w (537 MB, 0.18 ms) comes from
+                 memory once per GROUP_N * 256 rows, whose products take 1.1 ms at full speed.
+    epilogue     T passes of about 5 integer operations (compare, tie, two selects, removal): 30,
+                 0.25 clocks of issue and 0.5 of the integer pipe. The one program that an SM has
+                 room for does not hide it: 12 to 20 % of the loop. Two resident programs of
+                 128 x 128 would, at 0.8 to 1.3 clocks more of L2. It does not shrink with d_model:
+                 below 1024 it takes as long as the products.
+    writes       6 * (4 + 1) bytes for every 128 latents, 15 KiB a row; bf16 pre-activations are
+                 128 KiB, written and read again.
+    small N      one row tile of 16 or 64: 512 programs read w once, 0.18 ms; a tile's epilogue and
+                 x from the L2 are hidden by the other programs on the SM (6, or 3).
 """
 
 from typing import NamedTuple
