@@ -10,10 +10,11 @@ each of the N * K * P weights is 4 bytes out of a 32-byte sector, unless w_head 
     BLOCK_N, BLOCK_K: tile of tokens x active latents held in registers, powers of two
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sarm.kernels.form import Build, Builds, Form
 
 TILE = 1024  # BLOCK_N * BLOCK_K: eight values a thread with NUM_WARPS = 4
 MAX_BLOCK_K = 256
@@ -51,10 +52,12 @@ def sparse_value_kernel(
         w_row += L
 
 
-def block_sizes(k: int) -> tuple[int, int]:
-    """(BLOCK_N, BLOCK_K) for k active latents."""
+def sparse_value_form(k: int) -> Form:
+    """For k active latents."""
     block_k = min(MAX_BLOCK_K, triton.next_power_of_2(max(k, 1)))
-    return TILE // block_k, block_k
+    constants = {"BLOCK_N": TILE // block_k, "BLOCK_K": block_k}
+    # Gathers wait for the L2: 16 warps, each with 8 gathers a thread on their way.
+    return Form(sparse_value_kernel, constants, NUM_WARPS, warps_per_sm=16)
 
 
 def sparse_value(vals: Tensor, idx: Tensor, w_head: Tensor) -> Tensor:
@@ -64,12 +67,18 @@ def sparse_value(vals: Tensor, idx: Tensor, w_head: Tensor) -> Tensor:
     """
     (n, k), (p, n_latents) = vals.shape, w_head.shape
     out = vals.new_empty((n, p))
-    if out.numel() == 0:
-        return out
-    block_n, block_k = block_sizes(k)
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(vals):
-        sparse_value_kernel[(triton.cdiv(n, block_n),)](
-            vals, idx, w_head, out, n, k, n_latents, p, block_n, block_k, num_warps=NUM_WARPS
-        )
+    if out.numel():
+        form = sparse_value_form(k)
+        grid = (triton.cdiv(n, form.constants["BLOCK_N"]),)
+        form.launch(grid, vals, idx, w_head, out, n, k, n_latents, p)
     return out
+
+
+def builds(capability: int) -> Builds:
+    """The published k and the smallest, with 16-bit and fp32 heads."""
+    for dtype in ("bf16", "fp32"):
+        types = {"vals_ptr": "*fp32", "idx_ptr": "*i64", "w_ptr": f"*{dtype}", "out_ptr": "*fp32"}
+        types |= dict.fromkeys("NKLP", "i32")
+        for k in (1, 64, 192):
+            form = sparse_value_form(k)
+            yield Build(f"sparse_value {form.constants['BLOCK_K']}", form, types)

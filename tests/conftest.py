@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# Read when Triton is imported, which torch.compile or transformers may do: the Triton kernels then
+# run on CPU tensors. Ahead-of-time compilation is tested in processes of its own.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers

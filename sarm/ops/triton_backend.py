@@ -42,10 +42,12 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def sparse_value(vals: Tensor, idx: Tensor, w_head: Tensor) -> Tensor:
-    """kernels/sparse_value.py."""
+def _launch(op: str, *arguments: Any) -> Any:
     # Imported at the first call: Triton takes about a second, and `import sarm` need not pay it.
-    return importlib.import_module("sarm.kernels.sparse_value").sparse_value(vals, idx, w_head)
+    return getattr(importlib.import_module(f"sarm.kernels.{op}"), op)(*arguments)
 
 
-OPS: dict[str, Callable[..., Any]] = {"sparse_value": sparse_value}
+OPS: dict[str, Callable[..., Any]] = {
+    op: functools.partial(_launch, op)
+    for op in ("topk_encode", "sparse_value", "gather_sum", "gather_dot", "scatter_outer")
+}

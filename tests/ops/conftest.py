@@ -19,7 +19,7 @@ import emulator_build
 # sum may cancel, `terms` (the sum of its terms' absolute values) is the scale that is rounded.
 FLOOR = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,8 @@ def test_topk_encode(backend, shape, dtype, check_error):
 )
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=FEW)
 def test_any_shape(backend, check_error, n, n_latents, d, k, seed):
+    if backend == "triton":  # the interpreter runs a program for every latent, 2 ms each
+        n_latents = n_latents // 12 + 1
     k = min(k, n_latents)
     generator = torch.Generator().manual_seed(seed)
     vals = torch.randn(n, k, generator=generator)
@@ -137,6 +139,8 @@ def test_any_shape(backend, check_error, n, n_latents, d, k, seed):
 def test_bf16_results_are_rounded_to_nearest_even(backend):
     w = torch.tensor([[1.0, -1.0, float("nan"), float("inf"), 3e38] * 8]).bfloat16()
     vals = torch.cat([torch.randn(2000), 1 + torch.arange(0, 4096) * 2.0**-12]).unsqueeze(1)
+    if backend == "triton":  # a program for every row
+        vals = vals[::31]
     out = ops.gather_sum(vals, torch.zeros(len(vals), 1, dtype=torch.int64), w)
     expected = (vals * w.float()).bfloat16()
     assert torch.equal(out.isnan(), expected.isnan())
