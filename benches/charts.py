@@ -59,6 +59,9 @@ def lines(panels: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -
             axis.loglog(*zip(*sorted(points), strict=True), marker="o", label=name)
         (x0, y0), (x1, _) = (sorted(next(iter(series.values())))[end] for end in (0, -1))
         axis.loglog((x0, x1), (y0, y0 * x1 / x0), color="grey", linestyle=":", label="linear")
+        sizes = [x for x, _ in sorted(next(iter(series.values())))]
+        axis.set_xticks(sizes, [f"{int(x):,}" for x in sizes], fontsize=7, rotation=30)
+        axis.set_xticks([], minor=True)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(title.split(" over ")[-1].split(",")[0])
         axis.set_ylabel("ms")

@@ -27,7 +27,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
-// Extra memory: below 64 MiB in all for two threads, at any N; 9 MiB for each further thread.
+// Extra memory: below 64 MiB in all for two threads, at any N; 10 MiB for each further thread.
 constexpr int64_t kCandidateBytes = 24 << 20;  // of a block of rows
 constexpr int64_t kWideRowBytes = 16 << 20;    // a block of rows of x, as fp32
 constexpr int64_t kWideTileBytes = 8 << 20;    // a thread's rows of w, as fp32
