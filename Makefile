@@ -13,8 +13,9 @@ SOURCES := setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*.cpp csrc/*/*
 demo: $(READY)
 	$(BIN)/sarm demo
 
+# A process for each of two cores: the kernels' tests are many and small.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
