@@ -137,7 +137,7 @@ def _softcapped(
 
 @functools.cache
 def _has_kernel() -> bool:
-    return cpu.unavailable() is None and hasattr(torch.ops.sarm_cpu, "attention")
+    return cpu.unavailable() is None
 
 
 # ---- flash-attn ----------------------------------------------------------------------------
