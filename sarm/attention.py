@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sarm.ops import cpu
+from sarm.ops.reference import accumulate_dtype
 
 
 class Spans(NamedTuple):
@@ -132,7 +133,8 @@ def _softcapped(
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scale / softcap)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=accumulate_dtype(q.dtype)).to(q.dtype) @ v
 
 
 @functools.cache
