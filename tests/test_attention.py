@@ -1,9 +1,5 @@
 """Packed attention against its definition in fp64, and the bits of a query in any packing."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -163,25 +159,6 @@ def test_flash_attn_gets_the_same_problem(monkeypatch):
     for window in (None, 20):
         got = module._flash(q, k, v, spans, 0.3, window, None)
         torch.testing.assert_close(got, by_run(q, k, v, spans, scale=0.3, window=window))
-
-
-@needs_kernel
-@pytest.mark.parametrize("level", ["portable", "avx2"])
-def test_every_instruction_set(level):
-    code = (
-        "import torch, sarm\n"
-        "from sarm.attention import *\n"
-        "torch.manual_seed(0)\n"
-        "q, k, v = torch.randn(150, 3, 20), torch.randn(150, 1, 20), torch.randn(150, 1, 20)\n"
-        "spans = Spans.of([(0, 100, 0, [(0, 100)]), (100, 50, 80, [(0, 80), (100, 50)])])\n"
-        "for window in (None, 30):\n"
-        "    options = dict(scale=0.5, window=window)\n"
-        "    torch.testing.assert_close(attention(q, k, v, spans, **options),\n"
-        "                               by_run(q, k, v, spans, **options))\n"
-    )
-    env = {**os.environ, "SARM_SIMD": level}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_no_queries():

@@ -12,10 +12,12 @@
 namespace sarm::cpu {
 namespace {
 
-constexpr int64_t kTileKeys = 64;   // 64 keys and values of width 64 are 32 KiB: L1
-constexpr int64_t kUnroll = 8;      // keys, or columns of v, at a time
-constexpr int64_t kPanels = 4;      // of a block; more share a copied tile, fewer fit in L2
-constexpr float kNoScore = -1e30f;  // below every score, and finite: kNoScore - kNoScore is 0
+constexpr int64_t kTileKeys = 64;  // 64 keys and values of width 64 are 32 KiB: L1
+constexpr int64_t kUnroll = 8;     // keys, or columns of v, at a time
+constexpr int64_t kPanels = 4;     // of a block; more share a copied tile, fewer fit in L2
+// Of a key that is not seen: below every score, and finite, so that its difference to itself is 0.
+// A query that has seen no key yet gathers weights of 1, which its first key shrinks by 0.
+constexpr float kNoScore = -1e30f;
 
 // Registers of rows in a panel: 3 * 8 accumulators fit 32 registers, 1 * 8 sixteen half-registers.
 int64_t panel_vectors() { return simd_level() == Simd::avx512 ? 3 : 1; }
@@ -121,7 +123,6 @@ struct AttendBlock {
         Lanes score, weight;
         load_lanes(s + key * W + c * kLanes, &score);
         exp_lanes(score - top[c], &weight);
-        if (masked) weight = score == kNoScore ? Lanes{} : weight;  // top may be kNoScore itself
         store_lanes(weight, s + key * W + c * kLanes);
         sum[c] += weight;
       }

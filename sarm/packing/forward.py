@@ -22,7 +22,7 @@ from sarm.packing.plan import Pass, Piece
 
 #: Tokens that go through a layer's linears together on a CPU: what lies between two GEMMs stays in
 #: the cache, and a GEMM of this height runs at full speed.
-CHUNK = 512
+CHUNK = 1024
 #: Rotary embeddings whose frequencies depend on the longest sequence of a batch.
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
