@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,19 @@ from sarm.ops import cpu
 from sarm.ops.reference import accumulate_dtype
 
 
-class Spans(NamedTuple):
+class Varlen(NamedTuple):
+    """Spans as flash_attn takes them: rows of q and k to gather, cumulative counts, longest."""
+
+    q_rows: Tensor
+    k_rows: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
     """Runs of queries and the ranges of keys that make up their sequences; int64 on the CPU.
 
     queries: (n, 5) first row in q, count, position of the first, first range, number of ranges.
@@ -32,6 +45,7 @@ class Spans(NamedTuple):
 
     queries: Tensor
     ranges: Tensor
+    _copies: dict[torch.device, Varlen] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, runs: Sequence[tuple[int, int, int, Sequence[tuple[int, int]]]]) -> Spans:
@@ -50,6 +64,34 @@ class Spans(NamedTuple):
             torch.tensor(queries, dtype=torch.int64).view(-1, 5),
             torch.tensor(ranges, dtype=torch.int64).view(-1, 2),
         )
+
+    @functools.cached_property
+    def varlen(self) -> Varlen:
+        """For flash_attn, on the CPU; keys are cut at the run's last query."""
+        runs, ranges = self.queries.tolist(), self.ranges.tolist()
+        counts = [count for _, count, *_ in runs]
+        lengths = [position + count for _, count, position, *_ in runs]
+        keys = [
+            torch.cat([torch.arange(r, r + n) for r, n in ranges[begin : begin + many]])[:length]
+            for (*_, begin, many), length in zip(runs, lengths, strict=True)
+        ]
+        return Varlen(
+            torch.cat([torch.arange(first, first + count) for first, count, *_ in runs]),
+            torch.cat(keys),
+            *(
+                torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+                for sizes in (counts, lengths)
+            ),
+            max(counts),
+            max(lengths),
+        )
+
+    def varlen_on(self, device: torch.device) -> Varlen:
+        """`varlen` on a device, copied once for all layers."""
+        if device not in self._copies:
+            tensors = (t.to(device) for t in self.varlen[:4])
+            self._copies[device] = Varlen(*tensors, *self.varlen[4:])  # type: ignore[misc]
+        return self._copies[device]
 
 
 def attention(
@@ -170,35 +212,19 @@ def _flash(
     percent as soon as a run has a hundred queries. flash_attn aligns the causal mask to the lower
     right, so keys are cut at the last query.
     """
-    runs = spans.queries.tolist()
-    ranges = spans.ranges.tolist()
-    lengths = [position + count for _, count, position, _, _ in runs]
-    rows = torch.cat(
-        [
-            torch.cat([torch.arange(r, r + n) for r, n in ranges[begin : begin + many]])[:length]
-            for (_, _, _, begin, many), length in zip(runs, lengths, strict=True)
-        ]
-    ).to(q.device, non_blocking=True)
-    asked = torch.cat([torch.arange(first, first + count) for first, count, *_ in runs])
-    asked = asked.to(q.device, non_blocking=True)
-    counts = [count for _, count, *_ in runs]
-    cu_q, cu_k = (
-        torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=q.device)
-        for sizes in (counts, lengths)
-    )
-    found = _flash_attn()(
-        q[asked],
-        k[rows],
-        v[rows],
-        cu_q,
-        cu_k,
-        max(counts),
-        max(lengths),
+    at = spans.varlen_on(q.device)
+    out = torch.empty_like(q)
+    out[at.q_rows] = _flash_attn()(
+        q[at.q_rows],
+        k[at.k_rows],
+        v[at.k_rows],
+        at.cu_q,
+        at.cu_k,
+        at.max_q,
+        at.max_k,
         softmax_scale=scale,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
         softcap=softcap or 0.0,
     )
-    out = torch.empty_like(q)
-    out[asked] = found
     return out

@@ -1,5 +1,7 @@
 """Packed attention against its definition in fp64, and the bits of a query in any packing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -155,7 +157,7 @@ def test_flash_attn_gets_the_same_problem(monkeypatch):
     q, k, v = (torch.randn(TOTAL, n, 16) for n in (4, 2, 2))
     order = torch.randperm(len(RUNS)).tolist()
     spans = spans_of_tree()
-    spans = spans._replace(queries=spans.queries[order])
+    spans = replace(spans, queries=spans.queries[order])
     for window in (None, 20):
         got = module._flash(q, k, v, spans, 0.3, window, None)
         torch.testing.assert_close(got, by_run(q, k, v, spans, scale=0.3, window=window))
