@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,8 @@ class Options:
     runs: int = 5
     only: str | None = None
     memory: bool = True
+    data: Path | None = None  # of suite score
+    prompts: int = 40
     log: Callable[[str], None] = lambda line: None
 
     def wants(self, case: str, name: str) -> bool:

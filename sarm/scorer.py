@@ -73,7 +73,7 @@ class SARMScorer:
         model: a `SarmForSequenceClassification` with one reward.
         tokenizer: its tokenizer, with a chat template.
         max_length: tokens of a conversation that are kept, from its end.
-        max_batch_tokens: padded tokens a forward pass; None: by device.
+        max_batch_tokens: tokens a forward pass; None: by device.
     """
 
     def __init__(

@@ -195,12 +195,12 @@ def make_scorer(make_sarm, tokenizer):
 
 @pytest.fixture
 def forward_tokens():
-    """Counts the (padded) tokens that pass a backbone: forward_tokens(backbone) -> list."""
+    """Counts the tokens (and padding) that pass a backbone: forward_tokens(backbone) -> list."""
 
     def watch(backbone):
         seen = []
-        handle = backbone.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+        handle = backbone.embed_tokens.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].numel())
         )
         handles.append(handle)
         return seen

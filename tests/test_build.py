@@ -192,10 +192,9 @@ def test_without_the_extension_ops_use_the_reference():
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="sarm._C is not built")
 @pytest.mark.parametrize("level", ["portable", "avx2"])
 def test_narrower_vectors_pass_the_same_tests(level):
-    files = ["tests/ops/test_values.py", "tests/ops/test_topk_encode.py"]
-    result = run(
-        "-m", "pytest", "-q", "-k", "cpu", "-p", "no:cacheprovider", *files, SARM_SIMD=level
-    )
+    files = ["tests/ops/test_values.py", "tests/ops/test_topk_encode.py", "tests/test_attention.py"]
+    chosen = ["-k", "cpu or test_attention"]
+    result = run("-m", "pytest", "-q", *chosen, "-p", "no:cacheprovider", *files, SARM_SIMD=level)
     assert result.returncode == 0, result.stdout
 
 

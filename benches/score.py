@@ -1,0 +1,138 @@
+"""Suite `score`: the scorer on real conversations, against the published pipeline.
+
+Published: padded batches of 8 in the data set's order through the transformers backbone with SDPA,
+then SAE encoder, TopK and head on every token. Its dtype is bf16; where a CPU has no bf16
+instructions fp32 is faster, so both are timed. Tokens are those of the conversations as given,
+without padding and before anything is shared.
+
+SmolLM2-135M-Instruct cut at 15 layers, n_latents 9,216, k 27, random SAE and head (they do not
+change the time). Data: RM-Bench chat (--data or $SARM_DATA: a folder with rm_bench/), 40 prompts
+with 6 responses, else the pairs of the demo.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import charts
+import torch
+from baselines import published_value
+from measure import measure
+from ops import timing_rows
+from suite import DTYPES, BenchError, Missing, Options, Row
+
+from sarm import SarmForSequenceClassification, SARMScorer, TopKSAE, load_backbone
+from sarm.backbone import load_tokenizer
+from sarm.demo.fetch import smollm2
+from sarm.demo.run import shipped_pairs
+from sarm.evaluation.benchmarks import rm_bench
+
+LAYERS, N_LATENTS, K = 15, 9216, 27
+BATCH = 8
+PUBLISHED = "published"
+#: The published pipeline is timed on every 8th of its batches: in bf16 emulated by a CPU all of
+#: them would take minutes a run.
+SAMPLE = 8
+
+Ids = list[list[int]]
+
+
+def run(options: Options) -> list[Row]:
+    """The published pipeline in bf16 and fp32, and the scorer."""
+    if options.only is not None and not options.wants("score", "sarm"):
+        raise BenchError(f"--only {options.only!r} selects nothing; the one case is score")
+    scorer = make_scorer(options.device)
+    title, rows = conversations(scorer, options)
+    return compare("score", title, rows, scorer, options, SAMPLE)
+
+
+def make_scorer(device: str) -> SARMScorer:
+    """SmolLM2's lower half with a random SAE."""
+    path = smollm2()
+    dtype = torch.bfloat16 if device == "cuda" else None
+    backbone = load_backbone(path, LAYERS, device=device, dtype=dtype)
+    torch.manual_seed(0)
+    sae = TopKSAE(backbone.config.hidden_size, N_LATENTS, K, dtype=backbone.dtype).to(device)
+    model = SarmForSequenceClassification.from_parts(backbone, sae, torch.randn(1, N_LATENTS))
+    return SARMScorer(model, load_tokenizer(path))
+
+
+def conversations(scorer: SARMScorer, options: Options) -> tuple[str, Ids]:
+    """(what they are, token ids) in the data set's order."""
+    file = options.data / "rm_bench" / "chat_filtered.json" if options.data else None
+    if file is not None and file.is_file():
+        items = rm_bench(file).items[: options.prompts]
+        texts = [turns for item in items for turns in item.conversations]
+        title = f"RM-Bench chat, {len(items)} prompts"
+    else:
+        pairs = shipped_pairs()[: options.prompts]
+        texts = [turns for pair in pairs for turns in (pair.chosen, pair.rejected)]
+        title = f"demo pairs, {len(pairs)} prompts"
+    ids = [encoded.ids for encoded in scorer.encode(texts)]
+    return f"{title}, {len(ids)} rows, {sum(map(len, ids))} tokens", ids
+
+
+def compare(
+    case: str, title: str, rows: Ids, scorer: SARMScorer, options: Options, sample: int = 1
+) -> list[Row]:
+    """A row for each pipeline; the scorer's ratios are against both published ones."""
+    options.log(f"{case}  {title}")
+    tokens = sum(map(len, rows))
+    batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)][::sample]
+    part = sum(len(row) for batch in batches for row in batch) / tokens
+    candidates: dict[str, Callable[[], object] | Missing] = {}
+    for dtype in options.dtypes:
+        name = f"{PUBLISHED} {dtype}"
+        if options.wants(case, name):
+            candidates[name] = functools.partial(
+                published, copied(scorer.model, DTYPES[dtype]), batches
+            )
+    ours = f"sarm {'fp32' if scorer.model.model.dtype == torch.float32 else 'bf16'}"
+    candidates[ours] = functools.partial(scorer.score_token_ids, rows)
+    times, failed = measure(candidates, options.device, options.runs)
+    for name, runs in times.items():
+        if name != ours:
+            times[name] = [ms / part for ms in runs]
+    table = timing_rows(case, title, "", list(candidates), times, failed)
+    medians = {row.name: row.ms for row in table if row.ms is not None}
+    for row in table:
+        if row.ms is not None:
+            row.note = f"{1e3 * tokens / row.ms:.0f} tokens/s"
+            if row.name == ours:
+                faster = [f"{ms / row.ms:.2f}x {n}" for n, ms in medians.items() if n != ours]
+                row.note = ", ".join([row.note, *faster])
+    return table
+
+
+def copied(model: SarmForSequenceClassification, dtype: torch.dtype):
+    """The same weights in a dtype."""
+    return model if model.model.dtype == dtype else copy.deepcopy(model).to(dtype)
+
+
+@torch.inference_mode()
+def published(model: SarmForSequenceClassification, batches: Sequence[Ids]) -> torch.Tensor:
+    """Rewards as the published code finds them: of every token, then the last of each row."""
+    device, dtype = model.device, model.model.dtype
+    found = []
+    weights = (model.sae.encoder.weight, model.sae.latent_bias, model.score.weight)
+    encoder, bias, head = (w.to(dtype) for w in weights)
+    for rows in batches:
+        longest = max(map(len, rows))
+        ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        x = model.sae.normalize(hidden.flatten(0, 1)).to(dtype) - model.sae.pre_bias.to(dtype)
+        rewards = published_value(x, encoder, bias, head, model.sae.k).view(len(rows), longest)
+        found.append(rewards[torch.arange(len(rows)), mask.sum(1) - 1])
+    return torch.cat(found)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Bars: time over the published pipeline's."""
+    charts.bars(rows, [row.name for row in rows if row.name.startswith(PUBLISHED)], path)

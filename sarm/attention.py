@@ -1,0 +1,230 @@
+"""Causal attention over packed sequences that share prefixes.
+
+    T  packed queries    S  packed keys    H  query heads    G  key heads (H a multiple)    D  width
+
+There is no padding and no mask in memory: `Spans` says for every run of queries at which position
+it stands and in which rows of k and v its own past lies, in pieces. A query at position p sees the
+keys at positions <= p, and of those the last `window` if there is one.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sarm.ops import cpu
+from sarm.ops.reference import accumulate_dtype
+
+
+class Varlen(NamedTuple):
+    """Spans as flash_attn takes them: rows of q and k to gather, cumulative counts, longest."""
+
+    q_rows: Tensor
+    k_rows: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Runs of queries and the ranges of keys that make up their sequences; int64 on the CPU.
+
+    queries: (n, 5) first row in q, count, position of the first, first range, number of ranges.
+    ranges: (m, 2) first row in k and v, count. A run's ranges, joined, are the keys at positions
+    0, 1, ... of its sequence, at least to its last query.
+    """
+
+    queries: Tensor
+    ranges: Tensor
+    _copies: dict[torch.device, Varlen] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, runs: Sequence[tuple[int, int, int, Sequence[tuple[int, int]]]]) -> Spans:
+        """From (first row in q, count, position, ranges) for each run; joins touching ranges."""
+        queries: list[tuple[int, ...]] = []
+        ranges: list[tuple[int, int]] = []
+        for first, count, position, own in runs:
+            begin = len(ranges)
+            for row, length in own:
+                if len(ranges) > begin and sum(ranges[-1]) == row:
+                    ranges[-1] = (ranges[-1][0], ranges[-1][1] + length)
+                else:
+                    ranges.append((row, length))
+            queries.append((first, count, position, begin, len(ranges) - begin))
+        return cls(
+            torch.tensor(queries, dtype=torch.int64).view(-1, 5),
+            torch.tensor(ranges, dtype=torch.int64).view(-1, 2),
+        )
+
+    @functools.cached_property
+    def varlen(self) -> Varlen:
+        """For flash_attn, on the CPU; keys are cut at the run's last query."""
+        runs, ranges = self.queries.tolist(), self.ranges.tolist()
+        counts = [count for _, count, *_ in runs]
+        lengths = [position + count for _, count, position, *_ in runs]
+        keys = [
+            torch.cat([torch.arange(r, r + n) for r, n in ranges[begin : begin + many]])[:length]
+            for (*_, begin, many), length in zip(runs, lengths, strict=True)
+        ]
+        return Varlen(
+            torch.cat([torch.arange(first, first + count) for first, count, *_ in runs]),
+            torch.cat(keys),
+            *(
+                torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+                for sizes in (counts, lengths)
+            ),
+            max(counts),
+            max(lengths),
+        )
+
+    def varlen_on(self, device: torch.device) -> Varlen:
+        """`varlen` on a device, copied once for all layers."""
+        if device not in self._copies:
+            tensors = (t.to(device) for t in self.varlen[:4])
+            self._copies[device] = Varlen(*tensors, *self.varlen[4:])  # type: ignore[misc]
+        return self._copies[device]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Spans,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v for every query over its own sequence.
+
+    Args:
+        q: (T, H, D); every row belongs to one run.   k, v: (S, G, D), q.dtype.
+        window: keys a query sees, its own included; None: all.
+        softcap: scores s become softcap * tanh(s / softcap).
+    Returns:
+        (T, H, D), q.dtype.
+
+    On the CPU (C++ kernel, fp32 and bf16, fp32 arithmetic) a query's bits depend on its own
+    sequence alone: not on what else is packed, how prefixes are shared, or the number of threads.
+    """
+    if q.device.type == "cpu" and _has_kernel() and q.dtype in (torch.float32, torch.bfloat16):
+        return torch.ops.sarm_cpu.attention(
+            q.contiguous(), k, v, spans.queries, spans.ranges, scale, window or 0, softcap or 0.0
+        )
+    if q.device.type == "cuda" and _flash_attn() and q.dtype in (torch.float16, torch.bfloat16):
+        return _flash(q, k, v, spans, scale, window, softcap)
+    return by_run(q, k, v, spans, scale=scale, window=window, softcap=softcap)
+
+
+def by_run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Spans,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The definition in PyTorch: one scaled_dot_product_attention a run."""
+    out = torch.empty_like(q)
+    for first, count, position, begin, many in spans.queries.tolist():
+        own = spans.ranges[begin : begin + many].tolist()
+        keys, values = (torch.cat([t[row : row + length] for row, length in own]) for t in (k, v))
+        length = position + count  # a range may reach beyond the last query
+        query, key, value = (
+            t.transpose(0, 1)[None]
+            for t in (q[first : first + count], keys[:length], values[:length])
+        )
+        mask = None
+        whole = position == 0 and window is None
+        if not whole and (count > 1 or window is not None):
+            at = torch.arange(position, length, device=q.device)[:, None]
+            to = torch.arange(length, device=q.device)
+            mask = to <= at if window is None else (to <= at) & (to > at - window)
+        if softcap is None:
+            found = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=whole and count > 1,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        else:
+            if mask is None:
+                mask = torch.ones(count, length, dtype=torch.bool, device=q.device).tril(position)
+            found = _softcapped(query, key, value, mask, scale, softcap)
+        out[first : first + count] = found[0].transpose(0, 1)
+    return out
+
+
+def _softcapped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float
+) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scale / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=accumulate_dtype(q.dtype)).to(q.dtype) @ v
+
+
+@functools.cache
+def _has_kernel() -> bool:
+    return cpu.unavailable() is None
+
+
+# ---- flash-attn ----------------------------------------------------------------------------
+
+
+@functools.cache
+def _flash_attn():
+    """flash_attn's varlen function, or None."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Spans,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One varlen call: each run's keys are gathered, prefixes once a run that shares them.
+
+    The copies are 2 G D numbers a key, the products 2 H D times the run's queries: less than one
+    percent as soon as a run has a hundred queries. flash_attn aligns the causal mask to the lower
+    right, so keys are cut at the last query.
+    """
+    at = spans.varlen_on(q.device)
+    out = torch.empty_like(q)
+    out[at.q_rows] = _flash_attn()(
+        q[at.q_rows],
+        k[at.k_rows],
+        v[at.k_rows],
+        at.cu_q,
+        at.cu_k,
+        at.max_q,
+        at.max_k,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=softcap or 0.0,
+    )
+    return out
