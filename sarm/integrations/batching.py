@@ -92,10 +92,7 @@ def score_each(score: Callable[[Rows], Sequence[float]], rows: Rows) -> list[flo
             return [error]
         half = len(rows) // 2
         return score_each(score, rows[:half]) + score_each(score, rows[half:])
-    return [
-        r if math.isfinite(r) else ArithmeticError(f"item {i}: the reward is {r}")
-        for i, r in enumerate(rewards)
-    ]
+    return [r if math.isfinite(r) else ArithmeticError(f"the reward is {r}") for r in rewards]
 
 
 @dataclass(eq=False)

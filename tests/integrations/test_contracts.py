@@ -119,9 +119,10 @@ def test_a_text_never_gets_a_second_bos(scorer):
 
         max_length, model = scorer.max_length, scorer.model
 
-        class tokenizer:  # noqa: N801
-            bos_token, bos_token_id = "<|im_start|>", scorer.tokenizer.convert_tokens_to_ids(
-                "<|im_start|>"
+        class tokenizer:
+            bos_token, bos_token_id = (
+                "<|im_start|>",
+                scorer.tokenizer.convert_tokens_to_ids("<|im_start|>"),
             )
             eos_token_id = scorer.tokenizer.eos_token_id
             all_special_ids = scorer.tokenizer.all_special_ids
