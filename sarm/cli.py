@@ -490,13 +490,14 @@ def serve(
         config,
         token=token,
     )
+    sock = listen(host, port)
     if token is None and not is_loopback(host):
         stderr.print(
             f"sarm: warning: {host} is not a loopback address and there is no --token-env: "
             "anyone who can reach the port can use this server",
             soft_wrap=True,
         )
-    run(service, listen(host, port), lambda line: stdout.print(line, soft_wrap=True))
+    run(service, sock, lambda line: stdout.print(line, soft_wrap=True))
 
 
 @app.command()

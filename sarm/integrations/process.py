@@ -81,23 +81,27 @@ class Server(uvicorn.Server):
 
 def serve(service: Service, sock: socket.socket, announce: Callable[[str], None]) -> None:
     """Run until a signal; raises what made loading fail."""
-    host, port = sock.getsockname()[:2]
-    announce(f"serving {service.name} on http://{f'[{host}]' if ':' in host else host}:{port}")
-    with _signals_are_normal():
-        Server(service).run(sockets=[sock])
+    server = Server(service)
+    with _stopped_by_signals(server):
+        host, port = sock.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        announce(f"serving {service.name} on http://{host}:{port}")
+        server.run(sockets=[sock])
     if service.failure is not None:
         raise service.failure
     announce(f"stopped: {service.answered} of {service.accepted} requests answered")
 
 
 @contextlib.contextmanager
-def _signals_are_normal() -> Iterator[None]:
-    """Uvicorn raises the signal again after it has stopped, which would make the exit code 143."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(s, lambda *_: None) for s in signals]
+def _stopped_by_signals(server: Server) -> Iterator[None]:
+    """Handlers for the time before uvicorn's own are in place, and after.
+
+    When it has stopped, uvicorn raises the signal once more; by default that would end the process
+    with exit code 143 (Kubernetes and systemd call it a failure).
+    """
+    main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGTERM, signal.SIGINT) if main else ()
+    before = [signal.signal(s, lambda *_: server.stop()) for s in signals]
     try:
         yield
     finally:
