@@ -69,9 +69,9 @@ def test_openrlhf_local_bad_query_fails_alone(sarm_dir, scorer, talks):
         return real(rows)
 
     local._scorer.score_token_ids = broken
-    poison = scorer.tokenizer("so cold<|im_end|>")["input_ids"]
+    poison = scorer.tokenizer("xyz<|im_end|>")["input_ids"]
     with local._scoring, ThreadPoolExecutor(2) as pool:  # both wait, so they share a batch
-        bad, good = pool.submit(local, ["so cold"]), pool.submit(local, [text])
+        bad, good = pool.submit(local, ["xyz"]), pool.submit(local, [text])
         while len(local._waiting) < 2:
             pass
         local._scoring.release()
