@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,10 @@ class Options:
     runs: int = 5
     only: str | None = None
     memory: bool = True
+    data: Path | None = None  # of suite serve, as those below
+    prompts: int = 40
+    model: Path | None = None
+    minutes: float = 0.0
     log: Callable[[str], None] = lambda line: None
 
     def wants(self, case: str, name: str) -> bool:
