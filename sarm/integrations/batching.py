@@ -168,12 +168,17 @@ class MicroBatcher:
         self._waiting_tokens += sign * sum(map(len, left))
 
     async def run(self) -> None:
-        """Score until cancelled."""
-        while True:
-            await self._enough()
-            batch = self._take()
-            if batch:
-                await self._score_batch(batch)
+        """Score until cancelled; then, or if this loop has a bug, nobody is left waiting."""
+        batch: list[tuple[_Job, Rows]] = []
+        try:
+            while True:
+                await self._enough()
+                batch = self._take()
+                if batch:
+                    await self._score_batch(batch)
+        finally:
+            for job in [*self._jobs, *(job for job, _ in batch)]:
+                _settle(job.future, None, RuntimeError("the scorer has stopped"))
 
     async def _enough(self) -> None:
         """Return when a batch should be taken."""

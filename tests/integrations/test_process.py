@@ -119,6 +119,29 @@ def test_a_signal_before_the_model_is_loaded_ends_it_at_once(when, scorer):
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+def test_a_bug_in_the_batching_loop_ends_the_server_and_hangs_nobody(scorer, pool, talks):
+    service = Service(lambda: scorer, "tiny")
+
+    def broken(rows, tokens, seconds):
+        raise ZeroDivisionError("bug")
+
+    service.metrics.batch = broken
+    asked = []
+
+    def ask(url):
+        client = RewardClient(url, retries=0, timeout=WAIT)
+        client.wait_until_ready(WAIT)
+        client.score(talks[:1])
+
+    def announce(line):
+        asked.append(pool.submit(ask, line.split()[-1]))
+
+    with pytest.raises(ZeroDivisionError):
+        serving.serve(service, serving.listen("127.0.0.1", 0), announce)
+    with pytest.raises(RewardServerError, match="500: RuntimeError: the scorer has stopped"):
+        asked[0].result(WAIT)
+
+
 def test_a_model_that_cannot_be_loaded_is_one_line_and_code_2(serve_command, tmp_path):
     (tmp_path / "empty").mkdir()
     code, out, err = serve_command("-m", tmp_path / "empty")  # the last -m wins
