@@ -21,7 +21,13 @@ import torch
 from suite import DTYPES, BenchError, Options, Shape
 
 # Suite -> module of this folder with run(options) and plot(rows, path) (suite.py).
-SUITES = {"ops": "ops", "ops-scaling": "scaling", "score": "score", "prefix": "prefix"}
+SUITES = {
+    "ops": "ops",
+    "ops-scaling": "scaling",
+    "score": "score",
+    "prefix": "prefix",
+    "serve": "serve",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,9 +59,14 @@ def parser() -> Parser:
     made.add_argument("--runs", type=int, default=5)
     made.add_argument("--no-memory", action="store_true", help="skip the peak memory")
     made.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="suite score: with rm_bench/ ($SARM_DATA)"
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="suites score, serve: with rm_bench/ ($SARM_DATA)",
     )
-    made.add_argument("--prompts", type=int, default=40, help="suite score: how many")
+    made.add_argument("--prompts", type=int, default=40, help="suites score, serve: how many")
+    made.add_argument("--model", type=Path, metavar="SARM", help="suite serve: a checkpoint")
+    made.add_argument("--minutes", type=float, default=0, help="suite serve: keep the load up")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     made.add_argument("--plot", type=Path, metavar="FILE", help=" | ".join(charts.FORMATS))
     made.add_argument("--compare-to", type=Path, metavar="FILE", help="JSON of an earlier run")
@@ -87,6 +98,10 @@ def options_of(arguments: argparse.Namespace) -> Options:
     data = arguments.data or (Path(os.environ["SARM_DATA"]) if "SARM_DATA" in os.environ else None)
     if data is not None and not data.is_dir():
         raise BenchError(f"--data {data}: no such folder")
+    if arguments.model is not None and not arguments.model.is_dir():
+        raise BenchError(f"--model {arguments.model}: no such folder")
+    if not arguments.minutes >= 0:
+        raise BenchError(f"--minutes must be >= 0, got {arguments.minutes}")
     for name in ("json", "plot"):
         path = getattr(arguments, name)
         if path is not None and not path.parent.is_dir():
@@ -112,6 +127,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
         memory=not arguments.no_memory,
         data=data,
         prompts=arguments.prompts,
+        model=arguments.model,
+        minutes=arguments.minutes,
         log=lambda line: print(line, file=sys.stderr, flush=True),
     )
 

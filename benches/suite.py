@@ -62,8 +62,10 @@ class Options:
     runs: int = 5
     only: str | None = None
     memory: bool = True
-    data: Path | None = None  # of suite score
+    data: Path | None = None  # of suites score and serve
     prompts: int = 40
+    model: Path | None = None
+    minutes: float = 0.0
     log: Callable[[str], None] = lambda line: None
 
     def wants(self, case: str, name: str) -> bool:

@@ -7,15 +7,26 @@ transformers' Auto classes.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from sarm import ops
-from sarm.backbone import load_backbone, load_tokenizer
-from sarm.checkpoint import load_sae, save_sae
-from sarm.config import SarmConfig
-from sarm.errors import InputError
-from sarm.modeling import SarmForSequenceClassification
-from sarm.ops import SparseLatents
-from sarm.sae import TopKSAE
-from sarm.scorer import Explanation, SARMScorer
+try:
+    from sarm import ops
+    from sarm.backbone import load_backbone, load_tokenizer
+    from sarm.checkpoint import load_sae, save_sae
+    from sarm.config import SarmConfig
+    from sarm.errors import InputError
+    from sarm.modeling import SarmForSequenceClassification
+    from sarm.ops import SparseLatents
+    from sarm.sae import TopKSAE
+    from sarm.scorer import Explanation, SARMScorer
+except ImportError as error:
+    # In a training stack that pins another transformers the HTTP client must still import
+    # (sarm.integrations); whoever asks for more gets the reason.
+    _missing = error
+
+    def __getattr__(name: str):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise ImportError(f"sarm.{name}: {_missing}") from _missing
+
 
 try:
     __version__ = version("sarm")

@@ -450,6 +450,57 @@ def steer(
 
 
 @app.command()
+def serve(
+    model: Model,
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model in requests (default: its folder's).")
+    ] = None,
+    token_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the bearer token.")
+    ] = None,
+    max_wait_ms: Annotated[float, typer.Option(help="A request waits so long for company.")] = 10,
+    max_batch_tokens: Annotated[int | None, typer.Option(help="Default: by device.")] = None,
+    max_batch_size: int = 512,
+    queue_limit: Annotated[
+        int, typer.Option(help="Sequences accepted and not yet answered; more get 429.")
+    ] = 4096,
+    max_body_mib: float = 16,
+    timeout: Annotated[float, typer.Option(help="Seconds; later a request gets 503.")] = 150,
+    max_length: MaxLength = 4096,
+    dtype: Dtype = None,
+    threads: Threads = None,
+) -> None:
+    """Rewards over HTTP for OpenRLHF, verl, TRL and vLLM clients; see docs/serving.md."""
+    from sarm.integrations.process import is_loopback, listen, token_from
+    from sarm.integrations.process import serve as run
+    from sarm.integrations.server import ServeConfig, Service
+    from sarm.scorer import SARMScorer
+
+    _threads(threads)
+    floats = _dtype(dtype)
+    config = ServeConfig(
+        max_wait_ms, max_batch_tokens, max_batch_size, queue_limit, max_body_mib, timeout
+    )
+    token = token_from(token_env)
+    service = Service(
+        lambda: SARMScorer.from_pretrained(model, dtype=floats, max_length=max_length),
+        name or model.resolve().name,
+        config,
+        token=token,
+    )
+    sock = listen(host, port)
+    if token is None and not is_loopback(host):
+        stderr.print(
+            f"sarm: warning: {host} is not a loopback address and there is no --token-env: "
+            "anyone who can reach the port can use this server",
+            soft_wrap=True,
+        )
+    run(service, sock, lambda line: stdout.print(line, soft_wrap=True))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o")] = Path("demo_out"),
     backbone: Annotated[

@@ -62,11 +62,14 @@ class ConversationEncoder:
         Raises:
             InputError: empty or malformed conversation, or one the chat template refuses.
         """
-        texts = [self.render(c, where(i)) for i, c in enumerate(conversations)]
+        return self.encode_texts([self.render(c, where(i)) for i, c in enumerate(conversations)])
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
+        """Token ids of conversations that are rendered already, special tokens included."""
         if not texts:
             return []
         # the template prints BOS itself; adding special tokens would give a second one
-        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return [self._finish(ids) for ids in rows]
 
     def render(self, conversation: Conversation, where: str = "conversation") -> str:
