@@ -77,7 +77,7 @@ def extension() -> dict:
     make = CUDAExtension if cuda else CppExtension
     module = make(
         "sarm._C",
-        ["csrc/bindings.cpp", "csrc/topk_encode.cpp", *sources("cpu/*.cpp"), *(sources("cuda/*.cu") if cuda else [])],
+        [*sources("*.cpp"), *sources("cpu/*.cpp"), *(sources("cuda/*.cu") if cuda else [])],
         include_dirs=[str(ROOT / "csrc")],
         depends=[*sources("common/*.h"), *sources("cpu/*.h"), *sources("cuda/*.h")],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
