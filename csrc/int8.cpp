@@ -1,5 +1,7 @@
 // The 8-bit ops on the CPU: checks arguments and shares rows (and panels of output columns, where
 // rows are few) among the threads. How the work is cut changes no bit of the result.
+#include "cpu/int8.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,8 +11,6 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
-
-#include "cpu/int8.h"
 
 namespace sarm {
 namespace {
@@ -92,9 +92,9 @@ std::tuple<Tensor, Tensor> silu_mul_quantize(Tensor gate_up, int64_t block) {
   const char* op = "sarm_cpu::silu_mul_quantize";
   check_rows(op, "gate_up", gate_up);
   const int64_t N = gate_up.size(0), F = gate_up.size(1) / 2;
-  STD_TORCH_CHECK(gate_up.size(1) == 2 * F && block >= 1 && (block & (block - 1)) == 0 &&
-                      F % block == 0,
-                  op, ": block=", block, " must be a power of two that divides F=", F);
+  STD_TORCH_CHECK(
+      gate_up.size(1) == 2 * F && block >= 1 && (block & (block - 1)) == 0 && F % block == 0, op,
+      ": block=", block, " must be a power of two that divides F=", F);
   auto [q, scale] = empty_quantised(gate_up, N, F);
   int8_t* q_data = q.mutable_data_ptr<int8_t>();
   float* scale_data = scale.mutable_data_ptr<float>();

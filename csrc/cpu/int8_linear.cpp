@@ -99,8 +99,8 @@ void multiply(const Int8Linear<Out>& p, int64_t row_begin, int64_t row_end, int6
         q = ragged.data();
       }
       for (int64_t t = 0; t < count; ++t) {
-        tile<Level>(R, q, padded, packed.get() + t * panel_size,
-                    start.data() + (n - row_begin), sums);
+        tile<Level>(R, q, padded, packed.get() + t * panel_size, start.data() + (n - row_begin),
+                    sums);
         run_widest<EpilogueRows<Out>, const Int8Linear<Out>&>(p, sums, n, R, (first + t) * kPanel);
       }
     }

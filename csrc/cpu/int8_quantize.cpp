@@ -147,7 +147,7 @@ template <class T>
 struct SiluMulQuantize {
   SARM_INLINE static void run(const T* gate_up, int8_t* q, float* scale, float* row, int64_t begin,
                               int64_t end, int64_t F, int64_t block) {
-    const float gain = 1.0f / __builtin_sqrtf(static_cast<float>(block));
+    const float gain = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(block)));
     float* up = row + F;
     for (int64_t n = begin; n < end; ++n) {
       widen(gate_up + n * 2 * F, row, 2 * F);
@@ -182,10 +182,10 @@ void silu_mul_quantize(const T* gate_up, int8_t* q, float* scale, int64_t begin,
   run_widest<SiluMulQuantize<T>>(gate_up, q, scale, row.data(), begin, end, F, block);
 }
 
-#define SARM_INSTANTIATE(T)                                                                   \
-  template void quantize_rows(const T*, int8_t*, float*, int64_t, int64_t, int64_t);          \
-  template void rmsnorm_quantize(const T*, const float*, double, int8_t*, float*, int64_t,    \
-                                 int64_t, int64_t);                                           \
+#define SARM_INSTANTIATE(T)                                                                \
+  template void quantize_rows(const T*, int8_t*, float*, int64_t, int64_t, int64_t);       \
+  template void rmsnorm_quantize(const T*, const float*, double, int8_t*, float*, int64_t, \
+                                 int64_t, int64_t);                                        \
   template void silu_mul_quantize(const T*, int8_t*, float*, int64_t, int64_t, int64_t, int64_t);
 SARM_INSTANTIATE(float)
 SARM_INSTANTIATE(bf16)
