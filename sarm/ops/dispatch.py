@@ -22,7 +22,9 @@ from torch import Tensor
 
 from sarm.ops import cpu, cuda, reference, triton_backend
 
-OPS = ("topk_encode", "sparse_value", "gather_sum", "gather_dot", "scatter_outer")
+SPARSE_OPS = ("topk_encode", "sparse_value", "gather_sum", "gather_dot", "scatter_outer")
+INT8_OPS = ("quantize_rows", "rmsnorm_quantize", "silu_mul_quantize", "int8_linear")
+OPS = SPARSE_OPS + INT8_OPS
 ENVIRONMENT_VARIABLE = "SARM_BACKEND"
 
 

@@ -136,10 +136,80 @@ def _row_chunks(idx: Tensor, d_model: int, dtype: torch.dtype) -> Iterator[slice
         yield slice(start, min(start + chunk, n))
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 rows; half rounds to even."""
+    return _quantize(x.float())
+
+
+def rmsnorm_quantize(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm with its mean in fp64, then int8."""
+    rows = x.float()
+    mean = rows.double().square().mean(dim=1, keepdim=True)
+    rows = rows * (1.0 / (mean + eps).sqrt()).float()
+    return _quantize(rows if weight is None else rows * weight)
+
+
+def silu_mul_quantize(gate_up: Tensor, hadamard: int) -> tuple[Tensor, Tensor]:
+    """silu(gate) * up, butterflies over the parts of a row, then int8."""
+    gate, up = gate_up.float().chunk(2, dim=1)
+    rows = torch.nn.functional.silu(gate) * up
+    n, width = rows.shape
+    half = width // hadamard
+    while 0 < half < width:
+        a, b = rows.view(n, -1, 2, half).unbind(2)
+        rows = torch.stack([a + b, a - b], dim=2).view(n, width)
+        half *= 2
+    return _quantize(rows, gain=hadamard**-0.5)
+
+
+def _quantize(rows: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Int8 rows and scales of gain * rows; rows are fp32."""
+    n, width = rows.shape
+    absmax = rows.abs().amax(dim=1) if width else rows.new_zeros(n)
+    usable = absmax.isfinite() & (absmax >= 2.0**-120)  # 127 / absmax must not overflow
+    # a tensor over a tensor: torch takes a number over one as number * reciprocal, rounded twice
+    inverse = torch.full_like(absmax, 127.0) / absmax
+    steps = (rows * inverse.unsqueeze(1)).round()
+    q = steps.masked_fill(~usable.unsqueeze(1), 0.0).to(torch.int8)
+    scale = (absmax / 127.0 * gain).masked_fill(absmax < 2.0**-120, 0.0)
+    return q, scale.masked_fill(~absmax.isfinite(), torch.nan)
+
+
+def int8_linear(
+    q: Tensor,
+    scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Products in fp64, where integers below 2^53 are exact in any order."""
+    out = scale.new_empty((q.shape[0], w_q.shape[0]), dtype=out_dtype)
+    step = max(1, TILE_BYTES // (16 * max(1, *q.shape[1:], *w_q.shape[:1])))
+    for o in range(0, w_q.shape[0], step):
+        columns = slice(o, o + step)
+        w = w_q[columns].double().t()
+        for n in range(0, q.shape[0], step):
+            rows = slice(n, n + step)
+            tile = (q[rows].double() @ w).float()
+            tile = tile * scale[rows].unsqueeze(1) * w_scale[columns]
+            if bias is not None:
+                tile = tile + bias[columns]
+            if residual is not None:
+                tile = tile + residual[rows, columns]
+            out[rows, columns] = tile.to(out_dtype)
+    return out
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "topk_encode": topk_encode,
     "sparse_value": sparse_value,
     "gather_sum": gather_sum,
     "gather_dot": gather_dot,
     "scatter_outer": scatter_outer,
+    "quantize_rows": quantize_rows,
+    "rmsnorm_quantize": rmsnorm_quantize,
+    "silu_mul_quantize": silu_mul_quantize,
+    "int8_linear": int8_linear,
 }
