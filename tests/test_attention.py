@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sarm import attention as module
-from sarm.attention import Spans, attention, by_run
+from sarm.attention import Spans, attention, by_run, joined
 from sarm.ops import cpu
 
 needs_kernel = pytest.mark.skipif(cpu.unavailable() is not None, reason="sarm._C is not built")
@@ -124,9 +124,10 @@ def test_single_queries_at_the_end():
 
 
 def test_touching_ranges_are_joined():
-    spans = Spans.of([(0, 2, 5, [(3, 2), (5, 3), (0, 2)])])
-    assert spans.ranges.tolist() == [[3, 5], [0, 2]]
-    assert spans.queries.tolist() == [[0, 2, 5, 0, 2]]
+    assert joined(joined(joined([], 3, 2), 5, 3), 0, 2) == [(3, 5), (0, 2)]
+    spans = Spans.of([(0, 2, 5, [(3, 5), (0, 2)]), (2, 1, 4, [(3, 5)])])
+    assert spans.ranges.tolist() == [[3, 5], [0, 2], [3, 5]]
+    assert spans.queries.tolist() == [[0, 2, 5, 0, 2], [2, 1, 4, 2, 1]]
 
 
 def test_flash_attn_gets_the_same_problem(monkeypatch):
