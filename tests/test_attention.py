@@ -54,7 +54,8 @@ def test_values(heads, groups, width, window, softcap):
     torch.testing.assert_close(
         by_run(q.double(), k.double(), v.double(), spans, **options), wanted, rtol=1e-9, atol=1e-9
     )
-    for dtype, floor in ((torch.float32, 3e-6), (torch.bfloat16, 1e-3)):
+    # fp32's floor: a chain of 72 products that the portable build does not fuse, scores up to 50
+    for dtype, floor in ((torch.float32, 1e-5), (torch.bfloat16, 1e-3)):
         narrow = [t.to(dtype) for t in (q, k, v)]
         wanted = exact(*narrow, spans, **options)
         got, theirs = (f(*narrow, spans, **options) for f in (attention, by_run))
