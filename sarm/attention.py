@@ -49,17 +49,12 @@ class Spans:
 
     @classmethod
     def of(cls, runs: Sequence[tuple[int, int, int, Sequence[tuple[int, int]]]]) -> Spans:
-        """From (first row in q, count, position, ranges) for each run; joins touching ranges."""
+        """From (first row in q, count, position, ranges) for each run."""
         queries: list[tuple[int, ...]] = []
         ranges: list[tuple[int, int]] = []
         for first, count, position, own in runs:
-            begin = len(ranges)
-            for row, length in own:
-                if len(ranges) > begin and sum(ranges[-1]) == row:
-                    ranges[-1] = (ranges[-1][0], ranges[-1][1] + length)
-                else:
-                    ranges.append((row, length))
-            queries.append((first, count, position, begin, len(ranges) - begin))
+            queries.append((first, count, position, len(ranges), len(own)))
+            ranges += own
         return cls(
             torch.tensor(queries, dtype=torch.int64).view(-1, 5),
             torch.tensor(ranges, dtype=torch.int64).view(-1, 2),
@@ -76,22 +71,32 @@ class Spans:
             for (*_, begin, many), length in zip(runs, lengths, strict=True)
         ]
         return Varlen(
-            torch.cat([torch.arange(first, first + count) for first, count, *_ in runs]),
-            torch.cat(keys),
-            *(
-                torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
-                for sizes in (counts, lengths)
-            ),
-            max(counts),
-            max(lengths),
+            q_rows=torch.cat([torch.arange(first, first + count) for first, count, *_ in runs]),
+            k_rows=torch.cat(keys),
+            cu_q=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32),
+            cu_k=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+            max_q=max(counts),
+            max_k=max(lengths),
         )
 
     def varlen_on(self, device: torch.device) -> Varlen:
         """`varlen` on a device, copied once for all layers."""
         if device not in self._copies:
-            tensors = (t.to(device) for t in self.varlen[:4])
-            self._copies[device] = Varlen(*tensors, *self.varlen[4:])  # type: ignore[misc]
+            at = self.varlen
+            self._copies[device] = at._replace(
+                q_rows=at.q_rows.to(device),
+                k_rows=at.k_rows.to(device),
+                cu_q=at.cu_q.to(device),
+                cu_k=at.cu_k.to(device),
+            )
         return self._copies[device]
+
+
+def joined(ranges: Sequence[tuple[int, int]], first: int, count: int) -> list[tuple[int, int]]:
+    """The ranges and one more; if that begins where the last one ends, they become one."""
+    if ranges and sum(ranges[-1]) == first:
+        return [*ranges[:-1], (ranges[-1][0], ranges[-1][1] + count)]
+    return [*ranges, (first, count)]
 
 
 def attention(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sarm import attention as module
-from sarm.attention import Spans, attention, by_run
+from sarm.attention import Spans, attention, by_run, joined
 from sarm.ops import cpu
 
 needs_kernel = pytest.mark.skipif(cpu.unavailable() is not None, reason="sarm._C is not built")
@@ -54,7 +54,8 @@ def test_values(heads, groups, width, window, softcap):
     torch.testing.assert_close(
         by_run(q.double(), k.double(), v.double(), spans, **options), wanted, rtol=1e-9, atol=1e-9
     )
-    for dtype, floor in ((torch.float32, 3e-6), (torch.bfloat16, 1e-3)):
+    # fp32's floor: a chain of 72 products that the portable build does not fuse, scores up to 50
+    for dtype, floor in ((torch.float32, 1e-5), (torch.bfloat16, 1e-3)):
         narrow = [t.to(dtype) for t in (q, k, v)]
         wanted = exact(*narrow, spans, **options)
         got, theirs = (f(*narrow, spans, **options) for f in (attention, by_run))
@@ -124,9 +125,10 @@ def test_single_queries_at_the_end():
 
 
 def test_touching_ranges_are_joined():
-    spans = Spans.of([(0, 2, 5, [(3, 2), (5, 3), (0, 2)])])
-    assert spans.ranges.tolist() == [[3, 5], [0, 2]]
-    assert spans.queries.tolist() == [[0, 2, 5, 0, 2]]
+    assert joined(joined(joined([], 3, 2), 5, 3), 0, 2) == [(3, 5), (0, 2)]
+    spans = Spans.of([(0, 2, 5, [(3, 5), (0, 2)]), (2, 1, 4, [(3, 5)])])
+    assert spans.ranges.tolist() == [[3, 5], [0, 2], [3, 5]]
+    assert spans.queries.tolist() == [[0, 2, 5, 0, 2], [2, 1, 4, 2, 1]]
 
 
 def test_flash_attn_gets_the_same_problem(monkeypatch):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarm.attention import Spans, attention
+from sarm.attention import Spans, attention, joined
 from sarm.packing.plan import Pass, Piece
 
 #: Tokens that go through a layer's linears together on a CPU: what lies between two GEMMs stays in
@@ -113,16 +113,18 @@ class Layout:
 
     def __init__(self, batch: Pass, kept: Sequence[Piece]) -> None:
         self._first: dict[Piece, int] = {}
+        ranges: dict[Piece, list[tuple[int, int]]] = {}  # of the keys up to the piece's end
         row = 0
-        for piece in [*kept, *batch.pieces]:
+        for piece in [*kept, *batch.pieces]:  # a parent stands before its children
+            past = ranges[piece.parent] if piece.parent else []
             self._first[piece] = row
+            ranges[piece] = joined(past, row, len(piece.tokens))
             row += len(piece.tokens)
         self.past = row - batch.tokens
         own = batch.pieces
         self.ids = torch.tensor([t for p in own for t in p.tokens], dtype=torch.long)
         self.positions = torch.cat([torch.arange(p.start, p.start + len(p.tokens)) for p in own])
         self.ending = [p for p in own if p.rows]
-        ranges = {p: self._ranges(p) for p in own}
         self.spans = Spans.of(
             [(self._first[p] - self.past, len(p.tokens), p.start, ranges[p]) for p in own]
         )
@@ -138,9 +140,6 @@ class Layout:
         """Its rows among the keys."""
         first = self._first[piece]
         return slice(first, first + len(piece.tokens))
-
-    def _ranges(self, piece: Piece) -> list[tuple[int, int]]:
-        return [(self._first[p], len(p.tokens)) for p in piece.path()]
 
 
 def windows(config) -> list[int | None]:

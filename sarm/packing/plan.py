@@ -23,15 +23,6 @@ class Piece:
     rows: tuple[int, ...]
     last_use: int
 
-    def path(self) -> list[Piece]:
-        """All pieces from the root to this one."""
-        pieces = []
-        piece: Piece | None = self
-        while piece is not None:
-            pieces.append(piece)
-            piece = piece.parent
-        return pieces[::-1]
-
 
 @dataclass
 class Pass:

@@ -9,6 +9,11 @@ from sarm.packing.tree import prefix_tree
 rows_of_ids = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), max_size=12)
 
 
+def path_of(piece):
+    """All pieces from the root to this one."""
+    return [*path_of(piece.parent), piece] if piece else []
+
+
 @given(rows_of_ids, st.integers(1, 30))
 def test_every_token_once_within_the_budget(rows, max_tokens):
     nodes = prefix_tree(rows)
@@ -19,11 +24,11 @@ def test_every_token_once_within_the_budget(rows, max_tokens):
         assert 0 < batch.tokens <= max_tokens
         assert batch.tokens == sum(len(piece.tokens) for piece in batch.pieces)
         for piece in batch.pieces:
-            before = piece.path()[:-1]
+            before = path_of(piece)[:-1]
             assert all(p in done for p in before)
             assert sum(len(p.tokens) for p in before) == piece.start
-            done[piece] = [t for p in piece.path() for t in p.tokens]
-            last_use.update(dict.fromkeys(piece.path(), batch.number))
+            done[piece] = [t for p in path_of(piece) for t in p.tokens]
+            last_use.update(dict.fromkeys(path_of(piece), batch.number))
     for piece, ids in done.items():
         assert piece.last_use == last_use[piece]
         for row in piece.rows:
@@ -40,7 +45,7 @@ def test_what_is_kept_lies_on_one_path(rows, max_tokens):
             p for b in passes[: batch.number + 1] for p in b.pieces if p.last_use > batch.number
         ]
         longest = max(kept, key=lambda p: p.start, default=None)
-        assert set(kept) <= set(longest.path() if longest else [])
+        assert set(kept) <= set(path_of(longest) if longest else [])
 
 
 def test_longest_first_and_subtrees_together():
