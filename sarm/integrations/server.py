@@ -279,6 +279,9 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
             headers["Retry-After"] = str(error.retry_after)
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+    headers = dict(headers or {})
+    if not getattr(request.state, "body_read", False):
+        headers["Connection"] = "close"  # else uvicorn would wait for the rest, paused
     message = message.encode("utf-8", "backslashreplace").decode()
     return JSONResponse({"error": {"message": message, "code": status}}, status, headers)
 

@@ -237,7 +237,7 @@ def test_a_body_that_never_ends_is_timed_out(serve):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_an_oversized_body_is_413(serve, chunked):
     server = serve(max_body_mib=0.25)
-    big = json.dumps({"query": ["x" * 2**20]}).encode()
+    big = json.dumps({"query": ["x" * 2**24]}).encode()  # more than socket buffers hold
     connection = server.connect()
     with contextlib.closing(connection):
         body = iter([big[:1000], big[1000:]]) if chunked else big
@@ -288,3 +288,17 @@ def test_not_ready_until_the_model_is_loaded(serve, scorer, talks):
     loaded.set()
     server.client.wait_until_ready(WAIT)
     assert server.ask("/score", {"conversations": talks[:1]}).status == 200
+
+
+def test_a_refused_client_that_does_not_send_its_body_is_let_go(serve):
+    server = serve(max_body_mib=0.25)
+    head = (
+        b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\nExpect: 100-continue\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), WAIT) as waiting:
+        waiting.sendall(head)
+        answer = b""
+        while part := waiting.recv(4096):  # until the server closes
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"connection: close" in answer.lower()
