@@ -25,7 +25,6 @@ from sarm.quantization import quantize_backbone
 from sarm.sae import normalize_tokens
 from sarm.tokens import ConversationEncoder
 
-
 RM_BENCH = os.environ.get("SARM_TEST_RM_BENCH")
 # of bf16's error; Spearman at least
 LIMITS = (2.2, 0.99) if RM_BENCH else (2.4, 0.98)
