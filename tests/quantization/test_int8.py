@@ -72,6 +72,7 @@ def test_layout(decoder):
     assert layer.input_norm is None
     assert f % s.parts == 0
     assert s.parts in (8, 16)
+    assert layer.parts == s.parts
     assert list(int8.parameters()) == []
 
 
