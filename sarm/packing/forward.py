@@ -31,6 +31,8 @@ KeyValue = list[tuple[Tensor, Tensor]]  # of every layer, each (tokens, G, D)
 
 def unpackable(backbone) -> str | None:
     """Why this decoder has to take the padded path, or None."""
+    if not hasattr(backbone, "embed_tokens"):
+        return f"{type(backbone).__name__} is not a transformers decoder"
     if backbone.config.model_type not in ("llama", "mistral", "qwen2", "qwen3", "gemma2"):
         return f"unknown architecture {backbone.config.model_type!r}"
     if backbone.rotary_emb.rope_type in BATCH_DEPENDENT_ROPE:
