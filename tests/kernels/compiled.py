@@ -4,7 +4,7 @@
     python tests/kernels/compiled.py 90 --max-registers 128 --kernel "encode_tiles 256 rows"
 
 A process of its own, because Triton compiles nothing once it has been imported with
-TRITON_INTERPRET=1. tests/kernels/report.py prints the result as a table.
+TRITON_INTERPRET=1. tests/kernels/budgets.py prints the result as a table.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""These tests share modules that are commands or helpers: compiled, report, encoded_rows."""
+"""These tests share modules that are commands or helpers: compiled, budgets, encoded_rows."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Every kernel in every form that the launchers use, compiled for every architecture: budgets."""
 
+import budgets
 import compiled
 import pytest
-import report
 
 from sarm.kernels.form import CAPABILITIES
 
@@ -20,7 +20,7 @@ TENSOR_CORES = {
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_budgets(capability, tmp_path):
-    rows = report.compile_all(capability, TRITON_CACHE_DIR=str(tmp_path))
+    rows = budgets.compile_all(capability, TRITON_CACHE_DIR=str(tmp_path))
     kernels = {row["kernel"].split()[0] for row in rows}
     assert kernels == {
         "encode_tiles",
@@ -33,7 +33,7 @@ def test_budgets(capability, tmp_path):
         "sum_segments",
     }
     broken = [row for row in rows if violations(row)]
-    assert not broken, "\n".join(["", report.table(broken), *map(str, map(violations, broken))])
+    assert not broken, "\n".join(["", budgets.table(broken), *map(str, map(violations, broken))])
 
 
 def violations(row):
@@ -78,6 +78,6 @@ def test_the_rules_can_fail():
 def test_a_kernel_that_spills_is_seen(tmp_path):
     """The largest tile at half the registers it needs."""
     arguments = (90, "--kernel", "encode_tiles 256 rows", "--max-registers", 128)
-    (row,) = report.compile_all(*arguments, TRITON_CACHE_DIR=str(tmp_path))
+    (row,) = budgets.compile_all(*arguments, TRITON_CACHE_DIR=str(tmp_path))
     assert row["stack"] > 0
     assert "no spills" in violations(row)

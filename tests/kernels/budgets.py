@@ -1,6 +1,6 @@
 """Prints registers, spills, shared memory and occupancy of every compiled kernel as a table.
 
-python tests/kernels/report.py [CAPABILITY ...]
+python tests/kernels/budgets.py [CAPABILITY ...]
 """
 
 import json
