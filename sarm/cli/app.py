@@ -1,0 +1,44 @@
+"""The typer application and its entry point: one line and exit code 2 on bad input."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import sys
+
+import typer
+from rich.console import Console
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from sarm.errors import InputError
+from sarm.progress import stderr
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Reward models that explain themselves: train, score, explain, steer.",
+)
+# a pipe or a file has no width: 80 columns would break tables for nothing
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    transformers_logging.disable_progress_bar()  # there are bars of our own
+    try:
+        app()  # usage errors exit with 2 here
+    except (InputError, OSError, SafetensorError, sqlite3.Error) as error:
+        # safetensors and SQLite report a full disk with errors of their own
+        if os.environ.get("SARM_DEBUG") == "1":
+            raise
+        stderr.print(f"sarm: {_one_line(error)}", markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split())
