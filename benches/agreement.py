@@ -30,7 +30,7 @@ from workload import benchmarks, in_dtype, in_int8, make_scorer
 
 from sarm import SARMScorer
 from sarm.evaluation.metrics import Benchmark, accuracies
-from sarm.packing import iter_last_states
+from sarm.packing import last_states
 from sarm.sae import normalize_tokens
 
 CASE = "agreement"
@@ -115,14 +115,6 @@ def note(found: dict[str, float]) -> str:
 
 def packing_note(found: dict[str, float]) -> str:
     return f"alone or packed: {found['packing_error']:.1g}"
-
-
-def last_states(backbone, rows: Sequence[Sequence[int]]) -> Tensor:
-    """(N, d_model) fp32 states of the rows' last tokens, in order."""
-    out = torch.empty(len(rows), backbone.config.hidden_size)
-    for indices, states in iter_last_states(backbone, rows):
-        out[indices] = states
-    return out
 
 
 def packing_error(backbone, rows: Sequence[Sequence[int]], packed: Tensor) -> float:

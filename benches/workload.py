@@ -14,12 +14,14 @@ from suite import BenchError, Missing, Options
 
 from sarm import SarmForSequenceClassification, SARMScorer, TopKSAE, load_backbone
 from sarm.backbone import load_tokenizer
+from sarm.calibration import calibrate, calibration_rows
 from sarm.demo.fetch import smollm2
 from sarm.demo.run import shipped_pairs
 from sarm.errors import InputError
 from sarm.evaluation import rules
 from sarm.evaluation.benchmarks import preferences, rm_bench
 from sarm.evaluation.metrics import Benchmark, Item, Measure
+from sarm.packing import last_states
 from sarm.quantization import quantize_backbone
 
 LAYERS, N_LATENTS, K = 15, 9216, 27
@@ -58,6 +60,8 @@ def in_int8(scorer: SARMScorer) -> SARMScorer | Missing:
     model = scorer.model
     try:
         backbone = quantize_backbone(model.model)
+        rows = calibration_rows(scorer.tokenizer, model.config.vocab_size)
+        calibrate(backbone, rows, last_states(model.model, rows))
     except InputError as error:
         return Missing(str(error))
     parts = (backbone, model.sae, model.score.weight, model.config.sarm["activation"])

@@ -65,8 +65,9 @@ def load_backbone(
             one), or a hub id. Llama, Mistral, Qwen2, Qwen3 and Gemma-2 configurations.
         layer: "middle" (n_layers // 2) or the number of layers to keep, 1 .. n_layers.
         quantization: None: the weights stay in `dtype`.  "int8": W8A8 in a rotated basis, quantised
-            while reading, layer by layer (`sarm.quantization`; not for Gemma-2).  "bnb-int8":
-            bitsandbytes' LLM.int8 linears, to save memory; slower than `dtype`'s.
+            while reading, layer by layer (`sarm.quantization`; not for Gemma-2), and calibrated on
+            the scored token where the tokenizer has a chat template (`sarm.calibration`).
+            "bnb-int8": bitsandbytes' LLM.int8 linears, to save memory; slower than `dtype`'s.
         dtype: of weights that are not 8-bit (embedding) and of attention. None: the checkpoint's
             dtype, but fp32 on a CPU without bf16 instructions, where bf16 products are several
             times slower.
@@ -95,9 +96,10 @@ def load_backbone(
     source = origin.weights(full, names)
     dtype = dtype or preferred_dtype(device, full.dtype)
     if quantization == "int8":
-        from sarm.quantization.loading import quantize_while_reading
+        from sarm.calibration import quantize_checkpoint, rows_for
 
-        model = quantize_while_reading(model, source, prefix_in(source), dtype, device)
+        rows = rows_for(path_or_id, config.vocab_size, revision, gguf_file)
+        model = quantize_checkpoint(model, source, prefix_in(source), dtype, device, rows)
     else:
         fill(model, source, dtype=dtype, device=device)
     if quantization == "bnb-int8":

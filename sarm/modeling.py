@@ -28,13 +28,14 @@ from sarm.backbone import (
     preferred_dtype,
     quiet_transformers,
 )
+from sarm.calibration import quantize_checkpoint, rows_for
 from sarm.checkpoint import replace_files
 from sarm.config import SarmConfig
 from sarm.errors import InputError, first_line
 from sarm.packing import last_state
 from sarm.quantization import Int8Decoder
 from sarm.quantization.bnb import bnb_linears
-from sarm.quantization.loading import quantize_while_reading, read_quantized
+from sarm.quantization.loading import read_quantized
 from sarm.sae import SparseAutoencoder, new_sae
 from sarm.weights import read_checked
 
@@ -253,8 +254,12 @@ class SarmForSequenceClassification(PreTrainedModel):
         skeleton = build_decoder(backbone_config)
         source = locate(text, revision=revision).weights(backbone_config, [])
         saved = config.sarm["quantization"] == "int8"
-        read = read_quantized if saved else quantize_while_reading
-        backbone = read(skeleton, source, "model.", dtype, device)
+        backbone: Int8Decoder
+        if saved:
+            backbone = read_quantized(skeleton, source, "model.", dtype, device)
+        else:
+            rows = rows_for(text, backbone_config.vocab_size, revision)
+            backbone = quantize_checkpoint(skeleton, source, "model.", dtype, device, rows)
         with torch.device("meta"):
             model = cls(config)
         own = {n: like for n, like in model.state_dict().items() if not n.startswith("model.")}

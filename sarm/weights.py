@@ -58,7 +58,7 @@ def read_checked(
     """A tensor of a checkpoint; InputError: missing, misshapen, not plain floats, not finite.
 
     Args:
-        like: its shape (perhaps on the meta device); an int8 one demands int8.
+        like: its shape (perhaps on the meta device); one of integers demands its dtype.
         dtype: cast to it; None: as stored.
     """
     where = source.location(name)
@@ -69,9 +69,11 @@ def read_checked(
         raise InputError(
             f"{where}: {name} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}"
         )
-    if like.dtype == torch.int8:
-        if tensor.dtype != torch.int8:
-            raise InputError(f"{where}: {name} is stored as {_kind(tensor.dtype)}, expected int8")
+    if not like.dtype.is_floating_point:
+        if tensor.dtype != like.dtype:
+            raise InputError(
+                f"{where}: {name} is stored as {_kind(tensor.dtype)}, expected {_kind(like.dtype)}"
+            )
         return tensor.to(device)
     if tensor.dtype not in STORED:
         raise InputError(

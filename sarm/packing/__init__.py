@@ -38,6 +38,7 @@ __all__ = [
     "is_out_of_memory",
     "iter_last_states",
     "last_state",
+    "last_states",
     "pad_right",
     "plan_batches",
     "plan_passes",
@@ -84,6 +85,14 @@ def iter_last_states(
         counts = torch.tensor([len(group) for group in groups])
         states = states.float().cpu().repeat_interleave(counts, 0)
         yield [i for group in groups for i in group], states
+
+
+def last_states(backbone, rows: Sequence[Sequence[int]], max_tokens: int | None = None) -> Tensor:
+    """(N, d_model) fp32 states of the rows' last tokens, in order; see `iter_last_states`."""
+    out = torch.empty(len(rows), backbone.config.hidden_size)
+    for indices, states in iter_last_states(backbone, rows, max_tokens):
+        out[indices] = states
+    return out
 
 
 def _runs(

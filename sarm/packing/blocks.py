@@ -35,6 +35,13 @@ class Blocks(Protocol):
 
     def __len__(self) -> int: ...
 
+    def fine_rows(self, ids: Tensor) -> Tensor | None:
+        """Of (T,) ids on the host the rows that the layers treat with more precision, if any.
+
+        They are handed back as `fine`, counted from the first row of `hidden`.
+        """
+        ...
+
     def embed(self, ids: Tensor) -> Tensor:
         """(T,) -> the residual stream (T, d_model) before the first layer; its own storage."""
         ...
@@ -43,24 +50,26 @@ class Blocks(Protocol):
         """(T,) -> cos and sin (T, D / 2), contiguous."""
         ...
 
-    def keys_and_values(self, i: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, i: int, hidden: Tensor, fine: Tensor | None) -> tuple[Tensor, Tensor]:
         """(T, G, D) each, before positions."""
         ...
 
-    def queries_keys_values(self, i: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(
+        self, i: int, hidden: Tensor, fine: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(T, H, D) and twice (T, G, D), before positions."""
         ...
 
-    def queries(self, i: int, hidden: Tensor) -> Tensor:
+    def queries(self, i: int, hidden: Tensor, fine: Tensor | None) -> Tensor:
         """(T, H, D), before positions."""
         ...
 
-    def finish(self, i: int, hidden: Tensor, mixed: Tensor) -> None:
+    def finish(self, i: int, hidden: Tensor, mixed: Tensor, fine: Tensor | None) -> None:
         """What follows attention, in place: output projection, MLP and the residual sums."""
         ...
 
-    def restore(self, hidden: Tensor) -> Tensor:
-        """The residual stream after the last layer as the caller knows it."""
+    def restore(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The residual stream of tokens (T,), on the host, after the last layer."""
         ...
 
 
@@ -95,6 +104,9 @@ class _FloatBlocks:
     def __len__(self) -> int:
         return len(self._layers)
 
+    def fine_rows(self, ids: Tensor) -> Tensor | None:
+        return None
+
     def embed(self, ids: Tensor) -> Tensor:
         return self._backbone.embed_tokens(ids[None])[0]
 
@@ -103,21 +115,23 @@ class _FloatBlocks:
         half = self.head_dim // 2  # the tables repeat their first half
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
-    def keys_and_values(self, i: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, i: int, hidden: Tensor, fine: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self._layers[i].input_layernorm(hidden)
         return self._heads(i, "k", x), self._heads(i, "v", x)
 
-    def queries_keys_values(self, i: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(
+        self, i: int, hidden: Tensor, fine: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x = self._layers[i].input_layernorm(hidden)
         return self._heads(i, "q", x), self._heads(i, "k", x), self._heads(i, "v", x)
 
-    def queries(self, i: int, hidden: Tensor) -> Tensor:
+    def queries(self, i: int, hidden: Tensor, fine: Tensor | None) -> Tensor:
         return self._heads(i, "q", self._layers[i].input_layernorm(hidden))
 
     def _heads(self, i: int, name: str, x: Tensor) -> Tensor:
         return heads(self._layers[i].self_attn, name, x)
 
-    def finish(self, i: int, hidden: Tensor, mixed: Tensor) -> None:
+    def finish(self, i: int, hidden: Tensor, mixed: Tensor, fine: Tensor | None) -> None:
         layer = self._layers[i]
         update = layer.self_attn.o_proj(mixed)
         if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma-2
@@ -128,7 +142,7 @@ class _FloatBlocks:
             hidden += update
             hidden += layer.mlp(layer.post_attention_layernorm(hidden))
 
-    def restore(self, hidden: Tensor) -> Tensor:
+    def restore(self, hidden: Tensor, ids: Tensor) -> Tensor:
         return self._backbone.norm(hidden)
 
 
@@ -155,24 +169,29 @@ class _Int8Blocks:
     def __len__(self) -> int:
         return len(self._layers)
 
+    def fine_rows(self, ids: Tensor) -> Tensor | None:
+        return self._decoder.fine_rows(ids)
+
     def embed(self, ids: Tensor) -> Tensor:
         return self._decoder.embed(ids)
 
     def rope(self, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         return self._decoder.rope(positions)
 
-    def keys_and_values(self, i: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return self._layers[i].keys_and_values(hidden)
+    def keys_and_values(self, i: int, hidden: Tensor, fine: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._layers[i].keys_and_values(hidden, fine)
 
-    def queries_keys_values(self, i: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._layers[i].attention_inputs(hidden)
+    def queries_keys_values(
+        self, i: int, hidden: Tensor, fine: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._layers[i].attention_inputs(hidden, fine)
 
-    def queries(self, i: int, hidden: Tensor) -> Tensor:
-        return self._layers[i].queries(hidden)
+    def queries(self, i: int, hidden: Tensor, fine: Tensor | None) -> Tensor:
+        return self._layers[i].queries(hidden, fine)
 
-    def finish(self, i: int, hidden: Tensor, mixed: Tensor) -> None:
+    def finish(self, i: int, hidden: Tensor, mixed: Tensor, fine: Tensor | None) -> None:
         layer = self._layers[i]
-        layer.mlp(layer.attention_output(hidden, mixed), out=hidden)
+        layer.mlp(layer.attention_output(hidden, mixed, fine), hidden, fine)
 
-    def restore(self, hidden: Tensor) -> Tensor:
-        return self._decoder.restore(hidden)
+    def restore(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        return self._decoder.restore(hidden, ids)

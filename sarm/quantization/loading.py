@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarm.quantization.int8 import Int8Decoder, check_supported, quantize_backbone
+from sarm.quantization.int8 import Int8Decoder, quantize_backbone
+from sarm.quantization.layer import check_supported
 from sarm.weights import WeightSource, read_checked
 
 
@@ -70,9 +71,14 @@ def read_quantized(
 ) -> Int8Decoder:
     """A decoder that was saved in 8 bits; arguments and errors as in `quantize_while_reading`."""
     decoder = quantize_backbone(skeleton, dtype=dtype)  # shapes alone: on the meta device
+    scored = f"{prefix}scored_ids"
+    count = source.read(scored).numel() if scored in source.names() else 0
+    decoder.set_scored([0] * count)  # as many as there are
     state = {
         name: read_checked(source, prefix + name, like, dtype=like.dtype, device=device)
         for name, like in decoder.state_dict().items()
     }
     decoder.load_state_dict(state, assign=True)
-    return decoder.to(device).eval()
+    decoder = decoder.to(device)
+    decoder.set_scored(decoder.scored_ids.tolist(), decoder.offsets)
+    return decoder.eval()

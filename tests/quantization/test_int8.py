@@ -12,7 +12,7 @@ from sarm.errors import InputError
 from sarm.packing import PrefixCache, iter_last_states
 from sarm.packing.blocks import unpackable
 from sarm.quantization import Int8Decoder, quantize_backbone
-from sarm.quantization.int8 import LayerShape
+from sarm.quantization.layer import LayerShape
 
 
 def states(model, ids):
@@ -144,7 +144,7 @@ def test_every_piece_is_row_by_row(decoder, dtype):
 
 
 def test_long_mlp_is_cut_into_parts(decoder, monkeypatch):
-    from sarm.quantization import int8 as module
+    from sarm.quantization import layer as module
 
     int8 = quantize_backbone(decoder)
     x = torch.randn(50, decoder.config.hidden_size)

@@ -65,10 +65,13 @@ def test_error_is_within_limits_of_bf16s(smollm2, smollm2_backbone):
         "bf16": error_and_correlation(copy.deepcopy(smollm2_backbone).bfloat16()),
         "naive": error_and_correlation(quantize_backbone(smollm2_backbone, rotate=False)),
         "rotated": error_and_correlation(quantize_backbone(smollm2_backbone)),
+        "calibrated": error_and_correlation(sarm.load_backbone(smollm2, 15, quantization="int8")),
     }
     for name, (error, correlation) in measured.items():
         print(f"{name:8} error {error:.4f}  Spearman {correlation:.4f}")
     assert measured["rotated"][0] <= LIMITS[0] * measured["bf16"][0]
     assert measured["rotated"][0] < 0.028
     assert measured["rotated"][1] >= LIMITS[1]
+    assert measured["calibrated"][0] <= 1.3 * measured["bf16"][0]
+    assert measured["calibrated"][1] >= measured["rotated"][1]
     assert measured["naive"][0] > 1.8 * measured["rotated"][0]  # the rotation is what does it

@@ -20,6 +20,7 @@ def scorer(request, causal_lm, tmp_path_factory):
     causal_lm(request.param).save_pretrained(folder)
     backbone = sarm.load_backbone(folder, device="cpu", dtype=torch.float32, quantization="int8")
     torch.manual_seed(5)
+    backbone.set_scored([2, 7], torch.randn(2, 32))  # some rows get 16 bits and an offset
     sae = TopKSAE(32, 96, 5)
     model = SarmForSequenceClassification.from_parts(backbone, sae, torch.randn(1, 96))
     return SARMScorer(model)
@@ -95,12 +96,14 @@ def test_smollm2(smollm2_backbone):
     """Real widths: 576, 9 heads, 1,536; rows of hundreds of tokens, two threads."""
     decoder = quantize_backbone(smollm2_backbone)
     torch.manual_seed(0)
+    decoder.set_scored([2, 17], torch.randn(2, 576))
     model = SarmForSequenceClassification.from_parts(
         decoder, TopKSAE(576, 2304, 27), torch.randn(1, 2304)
     )
     prompt = torch.randint(49152, (333,)).tolist()
     rows = [prompt + torch.randint(49152, (n,)).tolist() for n in (5, 80, 81, 300, 1)]
     rows += [torch.randint(49152, (n,)).tolist() for n in (1, 17, 512, 1029)]
+    rows += [[2], [*rows[0][:50], 2, 9, 17], [*rows[0], 2], [2] * 40]
     expected = alone(SARMScorer(model), rows)
     before = torch.get_num_threads()
     try:

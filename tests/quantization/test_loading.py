@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from sarm import SarmForSequenceClassification, SARMScorer, load_backbone
+from sarm.calibration import ONE_PASS, calibrate, rows_for
 from sarm.errors import InputError
-from sarm.packing import iter_last_states
+from sarm.packing import last_states
 from sarm.quantization import Int8Decoder, loading, quantize_backbone
 from sarm.weights import SafetensorsSource
 
@@ -22,10 +23,7 @@ ROWS = [[5, 9, 2, 44, 2], [7], [5, 9, 2, 44, 8, 1], list(range(3, 33)), [5, 9, 2
 
 
 def states_of(backbone):
-    out = torch.empty(len(ROWS), backbone.config.hidden_size)
-    for indices, states in iter_last_states(backbone, ROWS):
-        out[indices] = states
-    return out
+    return last_states(backbone, ROWS)
 
 
 def equal(a, b):
@@ -87,7 +85,11 @@ def test_smaller_embedding_and_attention_dtype(backbone_dir):
 
 def test_gguf(smollm2):
     ours = load_backbone(smollm2, 1, dtype=torch.float32, **INT8)
-    assert equal(ours, quantize_backbone(load_backbone(smollm2, 1, dtype=torch.float32)))
+    plain = load_backbone(smollm2, 1, dtype=torch.float32)
+    expected = quantize_backbone(plain)
+    rows = rows_for(smollm2, plain.config.vocab_size)
+    calibrate(expected, rows, last_states(plain, rows, ONE_PASS))
+    assert equal(ours, expected)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "bnb-int8"])
@@ -141,7 +143,10 @@ def test_sarm_is_quantised_saved_and_read_back(activation, kind, saved, tmp_path
     plain = SarmForSequenceClassification.from_pretrained(folder, device="cpu")
     scorer = SARMScorer.from_pretrained(folder, **INT8)
     model = scorer.model
-    assert equal(model.model, quantize_backbone(plain.model))
+    expected = quantize_backbone(plain.model)
+    rows = rows_for(folder, plain.config.vocab_size)
+    calibrate(expected, rows, last_states(plain.model, rows, ONE_PASS))
+    assert equal(model.model, expected)
     assert equal(model.sae, plain.sae)
     assert torch.equal(model.score.weight, plain.score.weight)
     talks = [chat("hi", "hello"), chat("the quick", "brown fox"), chat("hi", "jumps")]
@@ -211,6 +216,9 @@ def test_refusals(saved, tmp_path):
         ({"model.embedding": torch.full((300, 32), torch.inf)}, "holds NaN or infinite values"),
         ({"model.layers.1.extra": torch.zeros(1)}, "unexpected tensor model.layers.1.extra (1 in"),
         ({"score.weight": None}, "tensor score.weight is missing"),
+        ({"model.scored_ids": torch.zeros(1)}, "stored as float32, expected int64"),
+        ({"model.offsets": torch.zeros(2, 32)}, "has shape (2, 32), expected (1, 32)"),
+        ({"model.offsets": None}, "tensor model.offsets is missing"),
     ],
 )
 def test_damaged_int8_files(damage, text, saved, tmp_path):
@@ -230,13 +238,21 @@ def test_layers_beyond_the_cut_are_passed_over(saved):
     SarmForSequenceClassification.from_pretrained(folder, **INT8)
 
 
-def test_float_files_are_read_once(saved, monkeypatch):
+@pytest.mark.parametrize("template", [True, False])
+def test_float_files_are_read_twice_at_most(template, saved, monkeypatch):
+    """Once to quantise and, where there is a template to calibrate with, once for the layers."""
     read, counted = SafetensorsSource.read, []
     monkeypatch.setattr(
         SafetensorsSource, "read", lambda self, name: counted.append(name) or read(self, name)
     )
-    SarmForSequenceClassification.from_pretrained(saved(), **INT8)
-    assert len(counted) == len(set(counted))
+    folder = saved()
+    if not template:
+        (folder / "chat_template.jinja").unlink()
+    SarmForSequenceClassification.from_pretrained(folder, **INT8)
+    twice = {name for name in counted if counted.count(name) == 2}
+    assert all(name.startswith(("model.layers.", "model.embed_tokens")) for name in twice)
+    assert len(counted) == len(set(counted)) + len(twice)
+    assert bool(twice) == template
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
