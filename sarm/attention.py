@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sarm.attention_gradient import gradients
 from sarm.ops import cpu
 from sarm.ops.reference import accumulate_dtype
 
@@ -184,14 +183,19 @@ def _by_kernel(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, spans, scale, window, softcap) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.problem = {"spans": spans, "scale": scale, "window": window, "softcap": softcap}
-        return _by_kernel(q, k.contiguous(), v.contiguous(), spans, scale, window, softcap)
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        out = _by_kernel(q, k, v, spans, scale, window, softcap)
+        ctx.save_for_backward(q, k, v, out)
+        ctx.problem = spans.queries, spans.ranges, scale, window or 0, softcap or 0.0
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple:
-        return *gradients(*ctx.saved_tensors, d_out, **ctx.problem), None, None, None, None
+        found = torch.ops.sarm_cpu.attention_backward(
+            *ctx.saved_tensors, d_out.contiguous(), *ctx.problem
+        )
+        return *found, None, None, None, None
 
 
 def by_run(
