@@ -75,6 +75,10 @@ def train_rm(
     checkpointing: Annotated[
         bool | None, typer.Option("--checkpointing", help="Modes 1-3: less memory, more time.")
     ] = None,
+    kept_tokens: Annotated[
+        int | None,
+        typer.Option(help="--checkpointing: only where a batch has more tokens than this."),
+    ] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16", help="Modes 0-3: autocast.")] = None,
     eval_every: Annotated[
         int | None, typer.Option(help="Modes 0-3: steps between evaluations and checkpoints.")
@@ -122,6 +126,7 @@ def train_rm(
         "lora": lora,
         "quantization": quantization,
         "checkpointing": checkpointing,
+        "kept_tokens": kept_tokens,
         "bf16": bf16,
         "eval_every": eval_every,
         "patience": patience,

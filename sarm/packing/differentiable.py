@@ -55,11 +55,22 @@ def packed_attention(backbone) -> Iterator[None]:
         backbone.config._attn_implementation = before
 
 
-def wanted_states(backbone, batch: PackedBatch) -> Tensor:
-    """(n, d_model) residual stream after the last layer, at the wanted tokens, with gradients."""
+def wanted_states(backbone, batch: PackedBatch, kept_tokens: int | None = None) -> Tensor:
+    """(n, d_model) residual stream after the last layer, at the wanted tokens, with gradients.
+
+    Args:
+        kept_tokens: with gradient checkpointing, how many tokens' activations are kept all the
+            same: a pack of fewer is not computed again, of a larger one as few layers as possible.
+            None: all layers but the last are computed again.
+    """
     hidden = embedded(backbone.embed_tokens, batch.ids)[None]
     rope = backbone.rotary_emb(hidden, batch.positions[None])
     *layers, last = backbone.layers
+    if kept_tokens is not None:
+        # the last ones are kept: their activations are gone when the first are computed again
+        kept = min(len(layers), len(layers) * kept_tokens // max(1, len(batch.ids)))
+        for i, layer in enumerate(layers):
+            layer.gradient_checkpointing = i < len(layers) - kept
     for layer in layers:
         hidden = layer(hidden, position_embeddings=rope, spans=batch.spans)
     if is_lean(last) and takes(hidden):

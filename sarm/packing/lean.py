@@ -63,9 +63,7 @@ def takes(hidden: Tensor) -> bool:
     return wide and not torch.is_autocast_enabled(hidden.device.type)
 
 
-def _forward(
-    layer: Any, hidden: Tensor, *, position_embeddings: Rope, spans: Spans
-) -> Tensor:
+def _forward(layer: Any, hidden: Tensor, *, position_embeddings: Rope, spans: Spans) -> Tensor:
     """In the place of the layer's own forward: hidden (1, T, d_model) -> (1, T, d_model)."""
     if not takes(hidden):
         return type(layer).forward(
@@ -208,8 +206,12 @@ class _Embed(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple:
         (ids,), sums = ctx.saved_tensors, ctx.weight.grad
         if sums is None:
-            return torch.ops.aten.embedding_dense_backward(
-                d_out, ids, len(ctx.weight), ctx.padding, False
-            ), None, None
+            return (
+                torch.ops.aten.embedding_dense_backward(
+                    d_out, ids, len(ctx.weight), ctx.padding, False
+                ),
+                None,
+                None,
+            )
         sums.index_add_(0, ids, d_out.masked_fill((ids == ctx.padding)[:, None], 0).to(sums))
         return None, None, None

@@ -51,7 +51,8 @@ class PairTrainConfig:
     micro_batch: pairs in one forward pass.  lr_sae, lr_head: None: `lr`.
     clip: largest gradient norm, 0: any.  centre: see `bradley_terry`.
     reconstruction: "turn" (tokens of the last assistant turn) or "last"; reconstruction_weight.
-    checkpointing: activations of a layer are computed again in the backward pass.
+    checkpointing: activations of a layer are computed again in the backward pass; kept_tokens: only
+    as far as a pack has more tokens than this, see `wanted_states`.
     bf16: autocast; weights stay in the dtype they have.
     lora: rank of adapters on the backbone; None: all of its weights learn.
     eval_every: steps between evaluations and checkpoints; None: an epoch.
@@ -72,6 +73,7 @@ class PairTrainConfig:
     reconstruction: str = "turn"
     reconstruction_weight: float = 1.0
     checkpointing: bool = False
+    kept_tokens: int | None = None
     bf16: bool = False
     lora: int | None = None
     eval_every: int | None = None
@@ -94,10 +96,12 @@ class PairTrainConfig:
                 raise InputError(f"{name} must be >= 0, got {value}")
         if not 0 <= self.warmup < 1:
             raise InputError(f"warmup must be a share of the steps, in [0, 1), got {self.warmup}")
-        for name in ("batch_size", "micro_batch", "eval_every", "patience"):
+        for name in ("batch_size", "micro_batch", "kept_tokens", "eval_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if self.kept_tokens is not None and not self.checkpointing:
+            raise InputError("kept_tokens belongs to checkpointing")
         if self.lora is not None and self.mode == 0:
             raise InputError("LoRA adapts a backbone that learns; in mode 0 it does not")
 
