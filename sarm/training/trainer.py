@@ -29,6 +29,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 
 from sarm.errors import InputError, first_line
 from sarm.training.collate import PairDataset, collate
@@ -37,6 +38,7 @@ from sarm.training.modes import RECONSTRUCTION, PairModel
 from sarm.training.runs import last_whole, mark_whole
 
 WEIGHTS = "trained.safetensors"
+LOGS = "logs"
 PARTS = ("bradley_terry", "reconstruction")
 #: What evaluation and early stopping go by.
 JUDGED_BY = "eval_bradley_terry"
@@ -156,7 +158,7 @@ class PairTrainer(Trainer):
     """Trains a `PairModel` on a `PairDataset`.
 
     Args:
-        folder: of checkpoints and logs.
+        folder: of checkpoints; tensorboard's logs lie beside it, in `logs`.
         log: "none", "tensorboard", "wandb", or another integration of the Trainer.
         progress: called with (step, of how many, what was logged last).
     """
@@ -186,6 +188,9 @@ class PairTrainer(Trainer):
             callbacks=[_Progress(progress)],
         )
         self.remove_callback(PrinterCallback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):  # checkpoints go at the end, logs stay
+                callback.logging_dir = str(folder.parent / LOGS)
         if config.patience is not None:
             self.add_callback(EarlyStoppingCallback(config.patience))
 
