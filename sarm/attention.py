@@ -155,6 +155,8 @@ def attention(
     Differentiable once; with fp32 this is the same kernel, in bf16 scaled_dot_product_attention
     takes its place where a gradient is asked for.
     """
+    if torch.is_autocast_enabled(q.device.type):  # positions have widened q and k, not v
+        k, v = k.to(q.dtype), v.to(q.dtype)
     inference = not torch.is_grad_enabled() or not any(t.requires_grad for t in (q, k, v))
     dtypes = (torch.float32, torch.bfloat16) if inference else (torch.float32,)
     if q.device.type == "cpu" and q.dtype in dtypes and has_kernels():

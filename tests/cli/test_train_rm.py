@@ -93,10 +93,11 @@ def test_held_out_pairs_stop_it_and_logs_stay(report, files, tmp_path):
     assert len(log.Scalars("train/loss")) == len(steps)
 
 
-def test_bf16_is_autocast_over_fp32_weights(report, tmp_path):
-    found, _ = report("--mode", 1, "--bf16", *SMALL)
+def test_bf16_is_autocast_over_fp32_weights(report, files, trained):
+    ask = ["--mode", 1, *SMALL, "--valid", files / "valid.jsonl"]
+    found, _ = report(*ask, "--bf16", sae=trained / "rm")
     losses = [entry["loss"] for entry in found["log"] if "loss" in entry]
-    fp32, _ = report("--mode", 1, *SMALL)
+    fp32, _ = report(*ask, sae=trained / "rm")
     wanted = [entry["loss"] for entry in fp32["log"] if "loss" in entry]
     assert losses == pytest.approx(wanted, rel=2e-2)
     assert losses != wanted
