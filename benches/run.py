@@ -85,8 +85,8 @@ def parser() -> Parser:
     )
     made.add_argument("--quantization", choices=("int8",), help="suite serve: of the served model")
     made.add_argument("--minutes", type=float, default=0, help="suite serve: keep the load up")
-    made.add_argument("--pairs", type=int, default=32, help="suite train-rm: how many")
-    made.add_argument("--max-length", type=int, default=512, help="suite train-rm: tokens")
+    made.add_argument("--pairs", type=int, default=16, help="suite train-rm: how many")
+    made.add_argument("--max-length", type=int, default=4096, help="suite train-rm: tokens")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     made.add_argument(
         "--markdown", type=Path, metavar="PAGE", help="fill the page's places (tables.py)"

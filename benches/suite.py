@@ -68,8 +68,8 @@ class Options:
     model: Path | None = None  # a checkpoint instead of the suite's own
     quantization: str | None = None  # of the model that suite serve serves
     minutes: float = 0.0
-    pairs: int = 32  # of suite train-rm
-    max_length: int = 512
+    pairs: int = 16  # of suite train-rm
+    max_length: int = 4096
     log: Callable[[str], None] = lambda line: None
 
     def wants(self, case: str, name: str) -> bool:

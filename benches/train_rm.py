@@ -1,28 +1,32 @@
-"""Suite `train-rm`: an epoch of reward-model training, against the published way of writing it.
+"""Suite `train-rm`: reward-model training end to end, against the published way of writing it.
 
-Published: padded batches, the whole backbone on every token, a dense SAE on every token
-(`sarm.training.reference`). sarm: packed pairs that share their prompt, the last layer and the SAE
-for the needed tokens only, sparse latents. Both: modes 1 and 3, fp32, the same pairs in the same
-batches of 8, AdamW, gradient clipping. Their number: `--pairs`; tokens: `--max-length`.
+Published (`sarm.training.reference`): a pair at a time, chosen and rejected padded to the longer,
+every token through the whole backbone and a dense SAE, gradient checkpointing, 4,096 tokens at most
+- the settings of the released training code. `published, no checkpointing`: the same without it.
+sarm: the same pair packed with its prompt once, the last layer and the SAE for the needed tokens
+only, sparse latents, layers' backward pass written out, checkpointing where a pair has more than
+KEPT_TOKENS. All: fp32 (and published in bf16, where --dtype has it), modes 1 and 3, steps of 8
+pairs, AdamW, gradient clipping, the same first weights. How many pairs: `--pairs`.
 
 SmolLM2-135M-Instruct cut at 15 layers, n_latents 9,216, k 27, random SAE and head (they do not
 change the time). Data: preferences_train.jsonl.gz (--data or $SARM_DATA), a random sample, else the
-pairs of the demo. Memory: the peak of a step on the largest batch beyond weights and optimiser
-state, and in the note the total with them.
+pairs of the demo. The note says how far the loss curves are apart. Memory: the peak of a step on
+the longest pair, each way in a process of its own, beyond weights and optimiser state, and in the
+note the total with them.
 """
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import charts
 import torch
-from measure import measure
+from measure import quantile, ratio, sample
 from memory import peak_on_cpu, peak_on_cuda
-from ops import timing_rows
-from suite import BenchError, Missing, Options, Row
+from suite import DTYPES, BenchError, Options, Row
 from torch import Tensor
 from workload import make_scorer
 
@@ -32,34 +36,40 @@ from sarm.demo.run import shipped_pairs
 from sarm.packing.differentiable import packed_attention
 from sarm.tokens import ConversationEncoder
 from sarm.training.collate import EncodedPair, PairDataset, collate
+from sarm.training.end_to_end import checkpointed
 from sarm.training.modes import PairModel
 from sarm.training.reference import published_loss
 
 BATCH = 8
 MODES = (1, 3)
-WAYS = ("published", "sarm")
+PUBLISHED, KEPT, SARM = "published", "published, no checkpointing", "sarm"
+WAYS = ((PUBLISHED, "fp32"), (KEPT, "fp32"), (PUBLISHED, "bf16"), (SARM, "fp32"))
+KEPT_TOKENS = 1024
+LR = 4e-6
 MIB = 2**20
 
 Batches = list[list[EncodedPair]]
 
 
 def run(options: Options) -> list[Row]:
-    """An epoch in each mode, each way."""
+    """Each way in each mode."""
     cases = {f"mode {mode}": mode for mode in MODES}
-    wanted = [(m, case) for case, m in cases.items() if any(options.wants(case, w) for w in WAYS)]
-    if not wanted:
-        raise BenchError(f"--only {options.only!r} selects nothing; cases: {', '.join(cases)}")
-    scorer = make_scorer(options.device, torch.float32)
     rows = []
-    for mode, case in wanted:
+    scorer = None
+    for case, mode in cases.items():
+        ways = [w for w in WAYS if w[1] in options.dtypes and options.wants(case, w[0])]
+        if not ways:
+            continue
+        scorer = scorer or make_scorer(options.device, torch.float32)
         title, batches = make_batches(scorer, options, mode)
         options.log(f"{case}  {title}")
-        ways = [way for way in WAYS if options.wants(case, way)]
         found = compare(case, title, scorer.model, batches, mode, ways, options)
         if options.memory:
             for row in found:
                 add_memory(row, mode, batches, options, scorer)
         rows += found
+    if not rows:
+        raise BenchError(f"--only {options.only!r} selects nothing; cases: {', '.join(cases)}")
     return rows
 
 
@@ -84,82 +94,96 @@ def compare(
     model: SarmForSequenceClassification,
     batches: Batches,
     mode: int,
-    ways: Sequence[str],
+    ways: list[tuple[str, str]],
     options: Options,
 ) -> list[Row]:
-    """A row for each way."""
-    epochs: dict[str, Callable[[], object] | Missing] = {
-        way: epoch_of(way, model, mode, batches) for way in ways
-    }
-    times, failed = measure(epochs, options.device, options.runs)
-    table = timing_rows(case, title, "fp32", list(epochs), times, failed)
-    medians = {row.name: row.ms for row in table if row.ms is not None}
+    """A row for each way; every run is an epoch over the same weights as the others'."""
+    shortest = min(batches, key=lambda batch: sum(len(ids) for p in batch for ids in p.ids))
+    times: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    losses: dict[tuple[str, str], list[float]] = {}
+    for turn in range(options.runs):
+        for way in ways:
+            if turn == 0:  # fills the libraries' buffers
+                epoch_of(*way, model, mode, [shortest[:1]])()
+            epoch = epoch_of(*way, model, mode, batches)
+            times[way].append(sample(lambda: losses.__setitem__(way, epoch()), options.device, 1))  # noqa: B023
+            options.log(f"  {', '.join(way)}: {times[way][-1] / 1e3:.1f} s")
     pairs = sum(map(len, batches))
-    for row in table:
-        if row.ms is not None:
-            row.note = f"{1e3 * pairs / row.ms:.2f} pairs/s"
-            if row.name == "sarm" and "published" in medians:
-                row.note += f", {medians['published'] / row.ms:.2f}x published"
-    return table
+    rows = []
+    for way in ways:
+        runs = times[way]
+        row = Row(case, title, way[1], way[0], *(quantile(runs, q) for q in (0.5, 0.2, 0.8)))
+        row.note = f"{1e3 * pairs / quantile(runs, 0.5):.2f} pairs/s"
+        for name in (PUBLISHED, KEPT):
+            if (name, "fp32") in times and way != (name, "fp32"):
+                row.ratios[name] = ratio(runs, times[name, "fp32"])
+        if (PUBLISHED, "fp32") in losses and way != (PUBLISHED, "fp32"):
+            both = zip(losses[way], losses[PUBLISHED, "fp32"], strict=True)
+            row.note += f", losses within {max(abs(a - b) / abs(b) for a, b in both):.0e}"
+        rows.append(row)
+    return rows
 
 
 def epoch_of(
-    way: str, model: SarmForSequenceClassification, mode: int, batches: Batches
+    way: str, dtype: str, model: SarmForSequenceClassification, mode: int, batches: Batches
 ) -> Callable[[], list[float]]:
-    """Trains for an epoch and returns its losses; weights and optimiser go on from call to call."""
-    pairs = PairModel(model, mode)
+    """Trains a copy of the model for an epoch and returns the loss of every step."""
+    model = copy.deepcopy(model).to(DTYPES[dtype]).train()
+    pairs = PairModel(model, mode, kept_tokens=KEPT_TOKENS if way == SARM else None)
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-7)
+    optimizer = torch.optim.AdamW(learning, lr=LR, fused=True)  # the Trainer's
 
-    def sparse(batch: list[EncodedPair]) -> Tensor:
-        inputs = collate(batch)
-        with packed_attention(model.model):
-            loss = pairs(inputs["margins"].to(model.device), inputs["batch"])["loss"]
+    def sparse(pair: EncodedPair) -> Tensor:
+        inputs = collate([pair])
+        return pairs(inputs["margins"].to(model.device), inputs["batch"])["loss"]
+
+    def dense(pair: EncodedPair) -> Tensor:
+        return published_loss(model, [pair], mode)[0]
+
+    loss_of = sparse if way == SARM else dense
+
+    def step(batch: list[EncodedPair]) -> float:
+        total = 0.0
+        for pair in batch:
+            loss = loss_of(pair) / len(batch)
             loss.backward()
-        return loss
-
-    def dense(batch: list[EncodedPair]) -> Tensor:
-        loss, _ = published_loss(model, batch, mode)
-        loss.backward()
-        return loss
-
-    step = sparse if way == "sarm" else dense
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
 
     def epoch() -> list[float]:
-        model.train()
-        losses = []
-        for batch in batches:
-            loss = step(batch)
-            torch.nn.utils.clip_grad_norm_(learning, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
+        with checkpointed(model.model, way != KEPT):
+            if way != SARM:
+                return [step(batch) for batch in batches]
+            with packed_attention(model.model):
+                return [step(batch) for batch in batches]
 
     return epoch
 
 
 def add_memory(row: Row, mode: int, batches: Batches, options: Options, scorer: SARMScorer) -> None:
-    """Peak of a step on the largest batch."""
-    largest = max(batches, key=lambda b: max(len(ids) for pair in b for ids in pair.ids))
+    """Peak of a step on the longest pair."""
+    longest = max((p for b in batches for p in b), key=lambda pair: max(map(len, pair.ids)))
     if options.device == "cuda":
-        step = epoch_of(row.name, scorer.model, mode, [largest])
+        step = epoch_of(row.name, row.dtype, scorer.model, mode, [[longest]])
         step()
         row.peak_mib = peak_on_cuda(step)
     else:
-        row.peak_mib = peak_on_cpu(_step, row.name, mode, largest)
+        row.peak_mib = peak_on_cpu(_step, row.name, row.dtype, mode, longest)
     if row.peak_mib is not None:
         held = sum(
-            p.numel() * p.element_size() * (3 if p.requires_grad else 1)  # Adam keeps two
+            p.numel() * DTYPES[row.dtype].itemsize * (3 if p.requires_grad else 1)  # Adam keeps two
             for p in scorer.model.parameters()
         )
         row.note += f", {row.peak_mib + held / MIB:.0f} MiB in all"
 
 
-def _step(way: str, mode: int, batch: list[EncodedPair]) -> Callable[[], list[float]]:
-    return epoch_of(way, make_scorer("cpu", torch.float32).model, mode, [batch])
+def _step(way: str, dtype: str, mode: int, pair: EncodedPair) -> Callable[[], list[float]]:
+    return epoch_of(way, dtype, make_scorer("cpu", torch.float32).model, mode, [[pair]])
 
 
 def plot(rows: list[Row], path: Path) -> None:
     """Bars: time over the published way's."""
-    charts.bars(rows, [row.name for row in rows if row.name == "published"], path)
+    charts.bars(rows, [PUBLISHED], path)

@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -152,18 +152,52 @@ def attention(
 
     On the CPU (C++ kernel, fp32 and bf16, fp32 arithmetic) a query's bits depend on its own
     sequence alone: not on what else is packed, how prefixes are shared, or the number of threads.
-    Differentiable: where a gradient is asked for, scaled_dot_product_attention takes the C++
-    kernel's place.
+    Differentiable once; with fp32 this is the same kernel, in bf16 scaled_dot_product_attention
+    takes its place where a gradient is asked for.
     """
+    if torch.is_autocast_enabled(q.device.type):  # positions have widened q and k, not v
+        k, v = k.to(q.dtype), v.to(q.dtype)
     inference = not torch.is_grad_enabled() or not any(t.requires_grad for t in (q, k, v))
-    kernel = q.device.type == "cpu" and inference and has_kernels()  # it has no backward
-    if kernel and q.dtype in (torch.float32, torch.bfloat16):
-        return torch.ops.sarm_cpu.attention(
-            q.contiguous(), k, v, spans.queries, spans.ranges, scale, window or 0, softcap or 0.0
-        )
+    dtypes = (torch.float32, torch.bfloat16) if inference else (torch.float32,)
+    if q.device.type == "cpu" and q.dtype in dtypes and has_kernels():
+        if inference:
+            return _by_kernel(q, k, v, spans, scale, window, softcap)
+        return _Attention.apply(q, k, v, spans, scale, window, softcap)
     if q.device.type == "cuda" and _flash_attn() and q.dtype in (torch.float16, torch.bfloat16):
         return _flash(q, k, v, spans, scale, window, softcap)
     return by_run(q, k, v, spans, scale=scale, window=window, softcap=softcap)
+
+
+def _by_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Spans,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return torch.ops.sarm_cpu.attention(
+        q.contiguous(), k, v, spans.queries, spans.ranges, scale, window or 0, softcap or 0.0
+    )
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, v, spans, scale, window, softcap) -> Tensor:
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        out = _by_kernel(q, k, v, spans, scale, window, softcap)
+        ctx.save_for_backward(q, k, v, out)
+        ctx.problem = spans.queries, spans.ranges, scale, window or 0, softcap or 0.0
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple:
+        found = torch.ops.sarm_cpu.attention_backward(
+            *ctx.saved_tensors, d_out.contiguous(), *ctx.problem
+        )
+        return *found, None, None, None, None
 
 
 def by_run(

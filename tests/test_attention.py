@@ -103,6 +103,39 @@ def test_bits_do_not_depend_on_the_packing(data):
 
 
 @needs_kernel
+@pytest.mark.parametrize("window", [None, 1, 8, 70])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(6, 2, 16), (7, 1, 20), (2, 2, 72)])
+def test_gradients(heads, groups, width, window, softcap):
+    """The kernel's against autograd's of the definition in fp64; no bit depends on the threads."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(TOTAL, n, width) for n in (heads, groups, groups, heads)]
+    *inputs, d_out = (torch.randn(shape, generator=draw) for shape in shapes)
+    spans, options = spans_of_tree(), {"scale": 0.3, "window": window, "softcap": softcap}
+
+    def gradients(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        return torch.autograd.grad(function(*leaves, spans, **options), leaves, d_out.to(dtype))
+
+    found = gradients(attention, torch.float32)
+    for got, theirs, wanted in zip(
+        found,
+        gradients(by_run, torch.float32),
+        gradients(by_run, torch.float64),
+        strict=True,
+    ):
+        size = wanted.abs().max()
+        assert (got - wanted).abs().max() <= 2 * (theirs - wanted).abs().max() + 1e-6 * size
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for one, two in zip(found, gradients(attention, torch.float32), strict=True):
+            assert torch.equal(one, two)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernel
 def test_large_and_infinite_scores():
     q, k, v = torch.randn(9, 1, 16) * 1e3, torch.randn(9, 1, 16) * 1e3, torch.randn(9, 1, 16)
     spans = Spans.of([(0, 9, 0, [(0, 9)])])

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "cpu/attention_panel.h"
 #include "cpu/exp.h"
 #include "cpu/lanes.h"
 
@@ -13,15 +14,7 @@ namespace sarm::cpu {
 namespace {
 
 constexpr int64_t kTileKeys = 64;  // 64 keys and values of width 64 are 32 KiB: L1
-constexpr int64_t kUnroll = 8;     // keys, or columns of v, at a time
 constexpr int64_t kPanels = 4;     // of a block; more share a copied tile, fewer fit in L2
-// Of a key that is not seen: below every score, and finite, so that its difference to itself is 0.
-// A query that has seen no key yet gathers weights of 1, which its first key shrinks by 0.
-constexpr float kNoScore = -1e30f;
-
-// Registers of rows in a panel: 3 * 8 accumulators fit 32 registers, 1 * 8 sixteen half-registers.
-int64_t panel_vectors() { return simd_level() == Simd::avx512 ? 3 : 1; }
-
 template <class T>
 SARM_INLINE void copy_row(const T* from, int64_t D, float* to) {
   int64_t i = 0;
@@ -33,49 +26,10 @@ SARM_INLINE void copy_row(const T* from, int64_t D, float* to) {
   for (; i < D; ++i) to[i] = to_float(from[i]);
 }
 
-SARM_INLINE void store_lanes(const Lanes& v, float* to) { std::memcpy(to, &v, sizeof(v)); }
-
 template <class T, int V>
-struct AttendBlock {
-  static constexpr int64_t W = V * kLanes;  // rows of a panel
-
-  // s (8, W) = k (8, D) @ q (D, W), each element one chain of sums over D.
-  static SARM_INLINE void scores(const float* k, const float* q, int64_t D, float* s) {
-    Lanes sum[kUnroll][V] = {};
-    for (int64_t d = 0; d < D; ++d) {
-      Lanes row[V];
-      for (int v = 0; v < V; ++v) load_lanes(q + d * W + v * kLanes, &row[v]);
-      for (int64_t i = 0; i < kUnroll; ++i) {
-        for (int v = 0; v < V; ++v) sum[i][v] += row[v] * k[i * D + d];
-      }
-    }
-    for (int64_t i = 0; i < kUnroll; ++i) {
-      for (int v = 0; v < V; ++v) store_lanes(sum[i][v], s + i * W + v * kLanes);
-    }
-  }
-
-  // o (U, W) = o * shrink + v (keys, U).T @ p (keys, W), keys in order.
-  template <int U>
-  static SARM_INLINE void mix(const float* v, const float* p, int64_t keys, int64_t D,
-                              const Lanes shrink[V], float* o) {
-    Lanes sum[U][V];
-    for (int i = 0; i < U; ++i) {
-      for (int c = 0; c < V; ++c) {
-        load_lanes(o + i * W + c * kLanes, &sum[i][c]);
-        sum[i][c] *= shrink[c];
-      }
-    }
-    for (int64_t key = 0; key < keys; ++key) {
-      Lanes row[V];
-      for (int c = 0; c < V; ++c) load_lanes(p + key * W + c * kLanes, &row[c]);
-      for (int i = 0; i < U; ++i) {
-        for (int c = 0; c < V; ++c) sum[i][c] += row[c] * v[key * D + i];
-      }
-    }
-    for (int i = 0; i < U; ++i) {
-      for (int c = 0; c < V; ++c) store_lanes(sum[i][c], o + i * W + c * kLanes);
-    }
-  }
+struct AttendBlock : Panel<V> {
+  using Panel<V>::W;
+  using Panel<V>::scores;
 
   // One panel against the keys [low, high) of the tile at position `tile`.
   static SARM_INLINE void step(const Attention<T>& p, const float* k, const float* v, int64_t tile,
@@ -131,9 +85,10 @@ struct AttendBlock {
     int64_t d = 0;
     const float *first = v + low * p.D, *weights = s + low * W;
     for (; d + kUnroll <= p.D; d += kUnroll) {
-      mix<kUnroll>(first + d, weights, high - low, p.D, shrink, o + d * W);
+      Panel<V>::template mix<kUnroll>(first + d, weights, high - low, p.D, shrink, o + d * W);
     }
-    for (; d < p.D; ++d) mix<1>(first + d, weights, high - low, p.D, shrink, o + d * W);
+    for (; d < p.D; ++d)
+      Panel<V>::template mix<1>(first + d, weights, high - low, p.D, shrink, o + d * W);
   }
 
   static SARM_INLINE void run(const Attention<T>& p, const AttentionRun& run, int64_t g,

@@ -47,4 +47,21 @@ template <class T>
 void attend_block(const Attention<T>& problem, const AttentionRun& run, int64_t g, int64_t begin,
                   int64_t end, float* scratch);
 
+// Of a loss's gradient d_out (T, H, D) with respect to forward.out, which has been computed: d_q
+// (T, H, D).
+struct AttentionGradient {
+  Attention<float> forward;
+  const float* d_out;
+  float* d_q;
+};
+
+// Floats of scratch, aligned to 64 bytes, that attend_backward needs for a run that ends with
+// `keys` keys.
+int64_t attention_backward_scratch(int64_t keys, int64_t D, bool softcap);
+
+// d_q of a run and of the query heads of key head g; adds to d_k and d_v (keys, D), whose rows are
+// those of the run's ranges, joined.
+void attend_backward(const AttentionGradient& problem, const AttentionRun& run, int64_t g,
+                     float* d_k, float* d_v, float* scratch);
+
 }  // namespace sarm::cpu

@@ -54,6 +54,13 @@ def train_rm(
     penalty: Annotated[
         str | None, typer.Option(help="Head: l2 (default), l1 or elastic-net; the latter a path.")
     ] = None,
+    smallest_within: Annotated[
+        float | None,
+        typer.Option(
+            help="Head, of a path: the fewest features within so many points of the best accuracy "
+            "(cross-validated), instead of the lowest loss."
+        ),
+    ] = None,
     cache: Cache = None,
     epochs: Annotated[float | None, typer.Option(help="Modes 0-3: default 3.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Modes 0-3: pairs a step, 512.")] = None,
@@ -74,6 +81,10 @@ def train_rm(
     ] = None,
     checkpointing: Annotated[
         bool | None, typer.Option("--checkpointing", help="Modes 1-3: less memory, more time.")
+    ] = None,
+    kept_tokens: Annotated[
+        int | None,
+        typer.Option(help="--checkpointing: only where a batch has more tokens than this."),
     ] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16", help="Modes 0-3: autocast.")] = None,
     eval_every: Annotated[
@@ -108,7 +119,12 @@ def train_rm(
         dtype=float_type(dtype),
         skip_bad=skip_bad,
     )
-    for_head: dict[str, Any] = {"l2": l2, "penalty": penalty, "cache": cache}
+    for_head: dict[str, Any] = {
+        "l2": l2,
+        "penalty": penalty,
+        "smallest_within": smallest_within,
+        "cache": cache,
+    }
     end_to_end: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -122,6 +138,7 @@ def train_rm(
         "lora": lora,
         "quantization": quantization,
         "checkpointing": checkpointing,
+        "kept_tokens": kept_tokens,
         "bf16": bf16,
         "eval_every": eval_every,
         "patience": patience,

@@ -24,6 +24,7 @@ from sarm.attention import Spans, attention, windows
 from sarm.errors import InputError
 from sarm.packing.batch import PackedBatch
 from sarm.packing.blocks import heads, unpackable
+from sarm.packing.lean import embedded, is_lean, lean_layer, lean_layers, takes
 from sarm.quantization import Int8Decoder
 
 NAME = "sarm_packed"
@@ -48,20 +49,38 @@ def packed_attention(backbone) -> Iterator[None]:
     before = backbone.config._attn_implementation
     backbone.config._attn_implementation = NAME
     try:
-        yield
+        with lean_layers(backbone.layers):
+            yield
     finally:
         backbone.config._attn_implementation = before
 
 
-def wanted_states(backbone, batch: PackedBatch) -> Tensor:
-    """(n, d_model) residual stream after the last layer, at the wanted tokens, with gradients."""
-    hidden = backbone.embed_tokens(batch.ids[None])
+def wanted_states(backbone, batch: PackedBatch, kept_tokens: int | None = None) -> Tensor:
+    """(n, d_model) residual stream after the last layer, at the wanted tokens, with gradients.
+
+    Args:
+        kept_tokens: with gradient checkpointing, how many tokens' activations are kept all the
+            same: a pack of fewer is not computed again, of a larger one as few layers as possible.
+            None: all layers but the last are computed again.
+    """
+    hidden = embedded(backbone.embed_tokens, batch.ids)[None]
     rope = backbone.rotary_emb(hidden, batch.positions[None])
     *layers, last = backbone.layers
+    if kept_tokens is not None:
+        # the last ones are kept: their activations are gone when the first are computed again
+        kept = min(len(layers), len(layers) * kept_tokens // max(1, len(batch.ids)))
+        for i, layer in enumerate(layers):
+            layer.gradient_checkpointing = i < len(layers) - kept
     for layer in layers:
         hidden = layer(hidden, position_embeddings=rope, spans=batch.spans)
-    window = windows(backbone.config)[-1]
-    return backbone.norm(_last_layer(last, hidden[0], (rope[0][0], rope[1][0]), batch, window))
+    if is_lean(last) and takes(hidden):
+        found = lean_layer(
+            last, hidden[0], rope=rope, spans=batch.wanted_spans, wanted=batch.wanted
+        )
+    else:
+        window = windows(backbone.config)[-1]
+        found = _last_layer(last, hidden[0], (rope[0][0], rope[1][0]), batch, window)
+    return backbone.norm(found)
 
 
 def _last_layer(

@@ -60,6 +60,7 @@ def fit_command(
     *,
     l2: float | None = None,
     penalty: str = "l2",
+    smallest_within: float | None = None,
     cache: Path | None = None,
 ) -> BadRecords:
     """`--mode head`: states cached, convex problem solved to its optimum."""
@@ -83,6 +84,7 @@ def fit_command(
             states,
             l2=l2,
             penalty=penalty,
+            smallest=smallest_within,
             margin=job.margin,
             centre=job.centre,
             valid=held,

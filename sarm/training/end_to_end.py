@@ -98,7 +98,11 @@ def train_pairs(
         add_lora(backbone, config.lora)
     sarm = SarmForSequenceClassification.from_parts(backbone, sae, head)
     model = PairModel(
-        sarm, config.mode, reconstruction=config.reconstruction_weight, centre=config.centre
+        sarm,
+        config.mode,
+        reconstruction=config.reconstruction_weight,
+        centre=config.centre,
+        kept_tokens=config.kept_tokens,
     )
     with packed_attention(backbone), checkpointed(backbone, config.checkpointing):
         trainer = PairTrainer(model, config, work, train, valid, log=log, progress=progress)

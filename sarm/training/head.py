@@ -130,7 +130,7 @@ def cross_validate(
 
 
 def _cross_validate(problem: PairLoss, groups: Sequence | None, folds: int) -> dict[float, float]:
-    """Strong penalties first, warm-started; ends when three in a row were worse than the best.
+    """Strong penalties first, warm-started; ends when two in a row were worse than the best.
 
     Weak penalties take most of the iterations, and lie far on the overfitting side by then.
     """
@@ -141,10 +141,10 @@ def _cross_validate(problem: PairLoss, groups: Sequence | None, folds: int) -> d
     for l2 in sorted(L2_GRID, reverse=True):
         total = 0.0
         for i, (train, test) in enumerate(parts):
-            weights[i] = _solve(train, l2, weights[i], tolerance=1e-5).x
+            weights[i] = _solve(train, l2, weights[i], tolerance=1e-4).x
             total += test(weights[i])[0] * test.shape[0]
         losses[l2] = total / pairs
-        if list(losses).index(min(losses, key=losses.__getitem__)) < len(losses) - 3:
+        if list(losses).index(min(losses, key=losses.__getitem__)) < len(losses) - 2:
             break
     return losses
 

@@ -40,6 +40,7 @@ class PairModel(nn.Module):
         mode: 0 to 3, see the top; sets `requires_grad` of all parameters.
         reconstruction: weight of R (modes 2 and 3).
         centre: weight of the centring term of the Bradley-Terry loss.
+        kept_tokens: see `wanted_states`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class PairModel(nn.Module):
         *,
         reconstruction: float = 1.0,
         centre: float = 0.0,
+        kept_tokens: int | None = None,
     ) -> None:
         super().__init__()
         if mode not in MODES:
@@ -57,6 +59,7 @@ class PairModel(nn.Module):
             raise InputError("training needs a SARM with TopK; this one has none")
         self.sarm, self.mode = sarm, mode
         self.reconstruction, self.centre = reconstruction, centre
+        self.kept_tokens = kept_tokens
         if mode > 0 and not has_lora(sarm.model):
             if not all(p.is_floating_point() for p in sarm.model.parameters()):
                 raise InputError("an 8-bit backbone cannot learn; give it LoRA, or use mode 0")
@@ -85,7 +88,7 @@ class PairModel(nn.Module):
         """
         batch = batch.to(margins.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode > 0):
-            states = wanted_states(self.sarm.model, batch)
+            states = wanted_states(self.sarm.model, batch, self.kept_tokens)
         latents, reconstruction = self._latents(states, batch)
         rewards = ops.sparse_value(*latents, self.sarm.score.weight.float())[:, 0].view(-1, 2)
         ranking = bradley_terry(rewards[:, 0], rewards[:, 1], margins, self.centre)

@@ -69,6 +69,11 @@ class RewardFit:
         """The fewest features within a point of the path's best accuracy (held out, else CV)."""
         return smallest_within(self.path, 1.0, self.path_held_out) if self.path else None
 
+    @property
+    def head_features(self) -> int:
+        """How many features the model's head uses."""
+        return int(np.count_nonzero(self.head.weight))
+
     def lines(self) -> list[str]:
         """What a reader wants to know, beside the table of the fits."""
         found = []
@@ -79,8 +84,9 @@ class RewardFit:
             found.append(
                 f"path: {len(self.path)} heads of {self.path[0].features} to "
                 f"{self.path[-1].features} features, duality gap at most {worst:.1e}; kept: "
-                f"{best_point(self.path).features} features (lowest CV loss); within 1 point of "
-                f"the best accuracy: {self.smallest.features} features"
+                f"{self.head_features} features; lowest CV loss: "
+                f"{best_point(self.path).features}; within 1 point of the best accuracy: "
+                f"{self.smallest.features}"
             )
         return found
 
@@ -165,6 +171,7 @@ def train_reward(
     *,
     l2: float | None = None,
     penalty: str = "l2",
+    smallest: float | None = None,
     margin: bool | None = None,
     centre: float = 0.0,
     valid: Sequence[PreferencePair] | None = None,
@@ -176,6 +183,8 @@ def train_reward(
         l2: penalty of the head; None: cross-validated over prompts (see `fit_head`).
         penalty: "l2"; or "l1" or "elastic-net" (half of each): a path, see `fit_path`, of which the
             head with the lowest cross-validated loss becomes the model's.
+        smallest: of a path: instead, the head of the fewest features whose cross-validated accuracy
+            is at most so many percentage points below the best.
         margin: see `margins_of`.   centre: see `PairLoss`.
         valid: held-out pairs, for an accuracy with its interval.
         progress: tokens run through the backbone, of how many.
@@ -192,6 +201,11 @@ def train_reward(
         raise InputError(f"penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}")
     if l2 is not None and penalty != "l2":
         raise InputError(f"l2 belongs to penalty l2; the strengths of {penalty} are a path")
+    if smallest is not None and (penalty == "l2" or not 0 <= smallest < 100):
+        raise InputError(
+            "smallest_within takes percentage points, in [0, 100), of a path (penalty l1 or "
+            f"elastic-net); got {smallest} with penalty {penalty}"
+        )
     states, equal = pair_states(pairs, encoder, cache, progress)
     asked = margins_of(pairs, margin)
     chosen, rejected = (sparse_features(sae, s) for s in (states.chosen, states.rejected))
@@ -208,7 +222,8 @@ def train_reward(
     else:
         started = time.perf_counter()
         path = fit_path(differences, groups=groups, ratio=PENALTIES[penalty], **problem)
-        head = _as_fit(best_point(path), sae.n_latents, path, time.perf_counter() - started)
+        point = best_point(path) if smallest is None else smallest_within(path, smallest)
+        head = _as_fit(point, sae.n_latents, path, time.perf_counter() - started)
     scaled, scale = scaled_problem(differences, **problem)
     errors = standard_errors(scaled, head.weight * scale, head.l2, groups) / scale
     probe = fit_head(dense_differences(sae, states), groups=groups)

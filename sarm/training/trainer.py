@@ -29,6 +29,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 
 from sarm.errors import InputError, first_line
 from sarm.training.collate import PairDataset, collate
@@ -37,6 +38,7 @@ from sarm.training.modes import RECONSTRUCTION, PairModel
 from sarm.training.runs import last_whole, mark_whole
 
 WEIGHTS = "trained.safetensors"
+LOGS = "logs"
 PARTS = ("bradley_terry", "reconstruction")
 #: What evaluation and early stopping go by.
 JUDGED_BY = "eval_bradley_terry"
@@ -51,7 +53,8 @@ class PairTrainConfig:
     micro_batch: pairs in one forward pass.  lr_sae, lr_head: None: `lr`.
     clip: largest gradient norm, 0: any.  centre: see `bradley_terry`.
     reconstruction: "turn" (tokens of the last assistant turn) or "last"; reconstruction_weight.
-    checkpointing: activations of a layer are computed again in the backward pass.
+    checkpointing: activations of a layer are computed again in the backward pass; kept_tokens: only
+    as far as a pack has more tokens than this, see `wanted_states`.
     bf16: autocast; weights stay in the dtype they have.
     lora: rank of adapters on the backbone; None: all of its weights learn.
     eval_every: steps between evaluations and checkpoints; None: an epoch.
@@ -72,6 +75,7 @@ class PairTrainConfig:
     reconstruction: str = "turn"
     reconstruction_weight: float = 1.0
     checkpointing: bool = False
+    kept_tokens: int | None = None
     bf16: bool = False
     lora: int | None = None
     eval_every: int | None = None
@@ -94,10 +98,12 @@ class PairTrainConfig:
                 raise InputError(f"{name} must be >= 0, got {value}")
         if not 0 <= self.warmup < 1:
             raise InputError(f"warmup must be a share of the steps, in [0, 1), got {self.warmup}")
-        for name in ("batch_size", "micro_batch", "eval_every", "patience"):
+        for name in ("batch_size", "micro_batch", "kept_tokens", "eval_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if self.kept_tokens is not None and not self.checkpointing:
+            raise InputError("kept_tokens belongs to checkpointing")
         if self.lora is not None and self.mode == 0:
             raise InputError("LoRA adapts a backbone that learns; in mode 0 it does not")
 
@@ -152,7 +158,7 @@ class PairTrainer(Trainer):
     """Trains a `PairModel` on a `PairDataset`.
 
     Args:
-        folder: of checkpoints and logs.
+        folder: of checkpoints; tensorboard's logs lie beside it, in `logs`.
         log: "none", "tensorboard", "wandb", or another integration of the Trainer.
         progress: called with (step, of how many, what was logged last).
     """
@@ -182,6 +188,9 @@ class PairTrainer(Trainer):
             callbacks=[_Progress(progress)],
         )
         self.remove_callback(PrinterCallback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):  # checkpoints go at the end, logs stay
+                callback.logging_dir = str(folder.parent / LOGS)
         if config.patience is not None:
             self.add_callback(EarlyStoppingCallback(config.patience))
 

@@ -5,7 +5,7 @@ import torch
 
 import sarm
 from sarm.errors import InputError
-from sarm.packing import pad_right
+from sarm.packing import differentiable, lean, pad_right
 from sarm.packing.batch import PackedBatch
 from sarm.packing.differentiable import packed_attention, wanted_states
 
@@ -65,6 +65,50 @@ def test_states_and_gradients_are_those_of_padded_rows(kind, changes, checkpoint
     for name, p in backbone.named_parameters():
         scale = p.grad.abs().max()
         torch.testing.assert_close(ours[name] / scale, p.grad / scale, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_gradients_add_up_over_passes(padding, backbone_dir, monkeypatch):
+    """In fp32, through the kernels; embeddings go by rows, and a padding token has no gradient."""
+    backbone = sarm.load_backbone(backbone_dir("llama"), 3, dtype=torch.float32)
+    backbone.embed_tokens.padding_idx = padding
+    batches = [PackedBatch.of([[3, *row] for row in rows]) for rows in (ROWS[:2], ROWS[2:])]
+
+    def gradients():
+        backbone.zero_grad()
+        with packed_attention(backbone):
+            for batch in batches:
+                wanted_states(backbone, batch).sin().sum().backward()
+        return {name: p.grad for name, p in backbone.named_parameters()}
+
+    found = gradients()
+    monkeypatch.setattr(lean, "is_lean", lambda layer: False)
+    monkeypatch.setattr(differentiable, "is_lean", lambda layer: False)
+    monkeypatch.setattr(differentiable, "embedded", lambda table, ids: table(ids))
+    for name, wanted in gradients().items():
+        size = wanted.abs().max()
+        torch.testing.assert_close(found[name] / size, wanted / size, rtol=0, atol=1e-5, msg=name)
+    assert (found["embed_tokens.weight"][3].abs().max() == 0) == (padding == 3)
+
+
+def test_only_what_exceeds_the_kept_tokens_is_computed_again(backbone_dir, monkeypatch):
+    backbone = sarm.load_backbone(backbone_dir("llama"), 4, dtype=torch.float32).train()
+    batch = PackedBatch.of([list(range(30))])
+    backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    forward, runs = lean.lean_layer, []
+    monkeypatch.setattr(
+        lean, "lean_layer", lambda *args, **named: runs.append(0) or forward(*args, **named)
+    )
+    found = {}
+    for kept in (None, 9, 10, 20, 30):
+        runs.clear()
+        backbone.zero_grad()
+        with packed_attention(backbone):
+            states = wanted_states(backbone, batch, kept)
+            found[kept] = len(runs)
+            states.sum().backward()
+        found[kept] = len(runs) - found[kept]
+    assert found == {None: 3, 9: 3, 10: 2, 20: 1, 30: 0}  # of the three layers before the last
 
 
 def test_afterwards_the_backbone_attends_as_before(tiny_backbone):

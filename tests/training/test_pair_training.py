@@ -260,6 +260,27 @@ def test_lora_trains_adapters_and_is_merged(trained, parts):
     assert 1 <= torch.linalg.matrix_rank(delta, rtol=1e-4) <= 4
 
 
+def test_lora_on_an_8bit_backbone(parts, backbone_dir, dataset, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = PairTrainConfig(1, epochs=2, batch_size=8, micro_batch=4, lora=4, lr=1e-2)
+    found = []
+    for quantization in (None, "bnb-int8"):
+        _, sae, head = parts()
+        backbone = load_backbone(backbone_dir, quantization=quantization)
+        kept = {n: b.clone() for n, b in backbone.named_parameters() if b.dtype == torch.int8}
+        assert bool(kept) == (quantization is not None)
+        fit = train_pairs(
+            backbone, sae, dataset(), config, tmp_path / str(quantization), head=head,
+            original=lambda: load_backbone(backbone_dir),
+        )  # fmt: skip
+        found.append(losses(fit))
+    assert found[1][0] == pytest.approx(found[0][0], rel=0.05)
+    assert sum(found[1][-2:]) < sum(found[1][:2])
+    name = "layers.0.mlp.up_proj.weight"
+    delta = fit.model.model.state_dict()[name] - parts()[0].state_dict()[name]
+    assert 1 <= torch.linalg.matrix_rank(delta, rtol=1e-4) <= 4
+
+
 def test_a_merged_backbone_computes_what_the_adapters_did(parts):
     backbone, *_ = parts()
     original = copy.deepcopy(backbone)
