@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def _small_pieces(monkeypatch):
 def train(backbone, tokenizer, tmp_path):
     """Run a trainer in tmp_path/name over documents (a fresh generator for every pass)."""
 
-    def run(name="out", config=CONFIG, texts=TEXTS, backbone=backbone, **callbacks):
-        trainer = SaeTrainer(backbone, tokenizer, config, tmp_path / name)
+    def run(name="out", config=CONFIG, texts=TEXTS, backbone=backbone, prefetch=None, **callbacks):
+        trainer = SaeTrainer(backbone, tokenizer, config, tmp_path / name, prefetch=prefetch)
         report = trainer.run(lambda: (t for t in texts), **callbacks)
         return trainer, report
 
@@ -118,6 +119,35 @@ def test_a_run_killed_again_and_again_resumes_to_the_same_bits(train, tmp_path, 
             kills += 1
     assert kills >= 3
     assert equal(weights(tmp_path / "out"), uninterrupted)
+
+
+def test_prefetch_changes_no_bit(train, tmp_path, uninterrupted):
+    _, report = train(prefetch=True)
+    assert report.states > 2 * CONFIG.chunk_states
+    assert equal(weights(tmp_path / "out"), uninterrupted)
+
+
+def test_a_run_with_prefetch_killed_again_and_again_resumes_to_the_same_bits(
+    train, tmp_path, uninterrupted
+):
+    """Killed in the thread and out of it, with states of the next chunk on disk."""
+    kills = ahead = 0
+    while True:
+        try:
+            train(prefetch=True, on_states=raise_at(6), on_step=raise_at(11))
+            break
+        except Killed:
+            kills += 1
+            ahead += len(list((tmp_path / "out/.progress/states").iterdir())) > 1
+    assert kills >= 3
+    assert ahead
+    assert equal(weights(tmp_path / "out"), uninterrupted)
+
+
+def test_a_failing_step_ends_the_thread_of_prefetch(train):
+    with pytest.raises(Killed):
+        train(prefetch=True, on_step=raise_at(1))
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 @pytest.mark.parametrize("file", ["sae.safetensors", "trainer.safetensors"])
