@@ -1,5 +1,6 @@
 """SAE training: resumed to the bit, folded exactly, reported honestly."""
 
+import contextlib
 import json
 import os
 import signal
@@ -304,6 +305,33 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(train, tmp_path, m
     with pytest.raises(InputError, match="step 12"):
         train(on_step=lambda m: saved.append(m["step"]))
     assert saved[-1] == 12
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_disk_full_of_states_stops_and_can_be_resumed(
+    train, tmp_path, monkeypatch, uninterrupted, prefetch
+):
+    """The checkpoint of the chunk before is kept, and so are the finished pieces."""
+    real, chunks = stream.replace_file, {}
+
+    @contextlib.contextmanager
+    def full(path, *mode):
+        pieces = chunks.setdefault(path.parent, [])
+        pieces.append(path)
+        if len(chunks) == 3 and len(pieces) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        with real(path, *mode) as file:
+            yield file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "replace_file", full)
+        with pytest.raises(OSError, match="No space"):
+            train(prefetch=prefetch)
+    assert (tmp_path / "out/.progress/trainer.safetensors").exists()
+    kept = list((tmp_path / "out/.progress/states").rglob("piece-*"))
+    assert kept == list(chunks.values())[2][:1]
+    train(prefetch=prefetch)
+    assert equal(weights(tmp_path / "out"), uninterrupted)
 
 
 def test_a_full_disk_leaves_the_earlier_sae_and_can_be_resumed(train, tmp_path, monkeypatch):
