@@ -32,10 +32,17 @@ def published_loss(
     x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, pre_bias: Tensor, k: int
 ) -> Tensor:
     """The SAE's loss by dense tensors: encode, TopK, dense z, decode, normalised MSE."""
+    return normalized_mse(published_dense(x, w_enc, b_enc, w_dec, pre_bias, k), x)
+
+
+def published_dense(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, pre_bias: Tensor, k: int
+) -> Tensor:
+    """(N, d_model): the published reconstruction, by a dense z."""
     pre = linear(x - pre_bias, w_enc, b_enc)
     vals, idx = pre.topk(k, dim=1)
     z = torch.zeros_like(pre).scatter(1, idx, vals)
-    return normalized_mse(z @ w_dec + pre_bias, x)
+    return z @ w_dec + pre_bias
 
 
 def published_value(x: Tensor, w_enc: Tensor, b_enc: Tensor, head: Tensor, k: int) -> Tensor:

@@ -51,19 +51,26 @@ def bars(rows: Sequence[Row], floors: Sequence[str], path: Path) -> None:
     figure.savefig(path)
 
 
-def lines(panels: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> None:
-    """{panel: {line: [(size, ms)]}} on two logarithmic axes, with a line of slope 1."""
+def lines(
+    panels: dict[str, dict[str, list[tuple[float, float]]]],
+    path: Path,
+    *,
+    ylabel: str = "ms",
+    linear: bool = True,
+) -> None:
+    """{panel: {line: [(size, y)]}} on two logarithmic axes; `linear`: with a line of slope 1."""
     figure, axes = grid(max(1, len(panels)), 3.6)
     for axis, (title, series) in zip(axes, panels.items(), strict=False):
         for name, points in series.items():
             axis.loglog(*zip(*sorted(points), strict=True), marker="o", label=name)
         (x0, y0), (x1, _) = (sorted(next(iter(series.values())))[end] for end in (0, -1))
-        axis.loglog((x0, x1), (y0, y0 * x1 / x0), color="grey", linestyle=":", label="linear")
-        sizes = [x for x, _ in sorted(next(iter(series.values())))]
+        if linear:
+            axis.loglog((x0, x1), (y0, y0 * x1 / x0), color="grey", linestyle=":", label="linear")
+        sizes = sorted({x for points in series.values() for x, _ in points})
         axis.set_xticks(sizes, [f"{int(x):,}" for x in sizes], fontsize=7, rotation=30)
         axis.set_xticks([], minor=True)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(title.split(" over ")[-1].split(",")[0])
-        axis.set_ylabel("ms")
+        axis.set_ylabel(ylabel)
         axis.legend(fontsize=7)
     figure.savefig(path)

@@ -33,6 +33,7 @@ SUITES = {
     "llama8b": "llama8b",
     "serve": "serve",
     "train-rm": "train_rm",
+    "train-sae": "train_sae",
 }
 
 
@@ -87,6 +88,7 @@ def parser() -> Parser:
     made.add_argument("--minutes", type=float, default=0, help="suite serve: keep the load up")
     made.add_argument("--pairs", type=int, default=16, help="suite train-rm: how many")
     made.add_argument("--max-length", type=int, default=4096, help="suite train-rm: tokens")
+    made.add_argument("--documents", type=int, default=16, help="suite train-sae: how many")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     made.add_argument(
         "--markdown", type=Path, metavar="PAGE", help="fill the page's places (tables.py)"
@@ -130,7 +132,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         raise BenchError(f"--plot draws one suite, got {arguments.suite}")
     if arguments.markdown is not None and not arguments.markdown.is_file():
         raise BenchError(f"--markdown {arguments.markdown}: no such file")
-    for name in ("prompts", "pairs", "max_length"):
+    for name in ("prompts", "pairs", "max_length", "documents"):
         if getattr(arguments, name) < 1:
             option = name.replace("_", "-")
             raise BenchError(f"--{option} must be >= 1, got {getattr(arguments, name)}")
@@ -172,6 +174,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         minutes=arguments.minutes,
         pairs=arguments.pairs,
         max_length=arguments.max_length,
+        documents=arguments.documents,
         log=lambda line: print(line, file=sys.stderr, flush=True),
     )
 

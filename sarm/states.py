@@ -37,7 +37,8 @@ class StateCache:
         self._width = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._readable():
-            self._db = sqlite3.connect(self.path)
+            # one thread at a time uses it, and it may be another than made it (prefetch)
+            self._db = sqlite3.connect(self.path, check_same_thread=False)
         try:
             self._prepare()
         except InputError:

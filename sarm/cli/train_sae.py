@@ -56,8 +56,18 @@ def train_sae(
     context: Annotated[int, typer.Option(help="Tokens of a document seen at once.")] = 1024,
     max_states: Annotated[int | None, typer.Option(help="Stop after so many states.")] = None,
     chunk_states: Annotated[
-        int, typer.Option(help="States shuffled together: 4 d_model bytes of memory each.")
+        int,
+        typer.Option(
+            help="States shuffled together: 4 d_model bytes of memory each, twice with --prefetch."
+        ),
     ] = 131072,
+    prefetch: Annotated[
+        bool | None,
+        typer.Option(
+            help="Run the backbone on the next chunk while the SAE learns from one. Default: on a "
+            "GPU. The result has the same bits."
+        ),
+    ] = None,
     passes: Annotated[int, typer.Option(help="Times each chunk of states is learnt from.")] = 1,
     batch_size: int = 1024,
     lr: Annotated[
@@ -140,7 +150,14 @@ def train_sae(
     with contextlib.ExitStack() as stack:
         states = stack.enter_context(StateCache(cache, model)) if cache else None
         trainer = SaeTrainer(
-            model, load_tokenizer(backbone), config, out, states, log=log, log_every=log_every
+            model,
+            load_tokenizer(backbone),
+            config,
+            out,
+            states,
+            log=log,
+            log_every=log_every,
+            prefetch=prefetch,
         )
         add = stack.enter_context(bars())
         collect, learn = add("backbone, states", None), add("SAE, steps", None)

@@ -25,10 +25,10 @@ from sarm.packing.blocks import unpackable
 from sarm.packing.budget import Budget, is_out_of_memory, run_each
 from sarm.packing.forward import PackedDecoder
 from sarm.packing.padded import Batch, last_state, pad_right, plan_batches, run_padded
-from sarm.packing.plan import plan_passes
+from sarm.packing.plan import Pass, Piece, plan_passes
 from sarm.packing.prefix_cache import CacheStats, PrefixCache
 from sarm.packing.reuse import remaining_tree
-from sarm.packing.tree import prefix_tree
+from sarm.packing.tree import Node, prefix_tree
 
 __all__ = [
     "Budget",
@@ -37,6 +37,7 @@ __all__ = [
     "check_ids",
     "is_out_of_memory",
     "iter_last_states",
+    "iter_token_states",
     "last_state",
     "last_states",
     "pad_right",
@@ -95,6 +96,34 @@ def last_states(backbone, rows: Sequence[Sequence[int]], max_tokens: int | None 
     return out
 
 
+def iter_token_states(
+    backbone, rows: Sequence[Sequence[int]], max_tokens: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields (index, (len(rows[index]), d_model) fp32 states on the CPU) of every row.
+
+    Rows lie end to end in passes of `max_tokens`: no padding, and none attends to another. The
+    longest come first; a pass that does not fit into memory is run in halves. Arguments and errors
+    as in `iter_last_states`; the backbone must not be `unpackable`.
+    """
+    check_ids(rows, backbone.config.vocab_size)
+    limit = max_tokens or TOKENS_PER_BATCH.get(backbone.device.type, 8192)
+    decoder, budget = PackedDecoder(backbone, every_token=True), Budget()
+    nodes = [Node(-1, row, 0, len(row), (i,)) for i, row in enumerate(rows)]
+
+    def run(batch: Pass, after: Pass | None) -> tuple[list[Piece], Tensor]:
+        return batch.pieces, decoder.run(batch, after)[1]
+
+    begun: list[Tensor] = []  # of a row that takes several passes; its pieces follow each other
+    turn, passes = lock_of(backbone), plan_passes(nodes, limit)
+    for pieces, states in run_each(passes, run, budget, limit, turn=turn, relieve=_empty_cache):
+        parts = states.float().cpu().split([len(piece.tokens) for piece in pieces])
+        for piece, part in zip(pieces, parts, strict=True):
+            begun.append(part)
+            if piece.rows:
+                yield piece.rows[0], torch.cat(begun)
+                begun.clear()
+
+
 def _runs(
     backbone,
     rows: Sequence[Sequence[int]],
@@ -109,8 +138,7 @@ def _runs(
     def relieve() -> None:
         if cache is not None:
             cache.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _empty_cache()
 
     if unpackable(backbone):
         groups = [node.rows for node in nodes if node.rows]
@@ -137,6 +165,11 @@ def _runs(
             passes, decoder.run, budget, limit, turn=turn, relieve=relieve
         ):
             yield [piece.rows for piece in pieces], states
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def check_ids(rows: Sequence[Sequence[int]], vocab_size: int) -> None:

@@ -31,10 +31,12 @@ class PackedDecoder:
     """Runs passes in order, keeping the keys and values that later passes attend to.
 
     Passes come depth-first: what any later one attends to stands before the next one's first piece.
+
+    every_token: `run` returns the states of all tokens of the pass, in order, (T, d_model).
     """
 
-    def __init__(self, backbone) -> None:
-        self.device = backbone.device
+    def __init__(self, backbone, *, every_token: bool = False) -> None:
+        self.device, self.every_token = backbone.device, every_token
         self.blocks = blocks_of(backbone)
         self._kept: dict[Piece, KeyValue] = {}
 
@@ -44,7 +46,7 @@ class PackedDecoder:
 
         after: the pass that will run next.  If this one fails, it may be tried again.
         """
-        blocks, layout = self.blocks, Layout(batch, self._kept)
+        blocks, layout = self.blocks, Layout(batch, self._kept, every_token=self.every_token)
         ahead = set(after.pieces[0].path()) if after else set()
         fresh: dict[Piece, KeyValue] = {p: [] for p in batch.pieces if p in ahead}
         wishes: list[tuple[Piece, Wish, KeyValue]] = [
@@ -138,7 +140,9 @@ class Layout:
     last tokens in (T,).
     """
 
-    def __init__(self, batch: Pass, kept: Mapping[Piece, KeyValue]) -> None:
+    def __init__(
+        self, batch: Pass, kept: Mapping[Piece, KeyValue], *, every_token: bool = False
+    ) -> None:
         self._first: dict[Piece, int] = {}
         self.stored: list[tuple[slice, KeyValue, slice]] = []
         ranges: dict[Piece, list[tuple[int, int]]] = {}  # of the keys up to the piece's end
@@ -168,6 +172,9 @@ class Layout:
         self.spans = Spans.of(
             [(self._first[p] - self.past, len(p.tokens), p.start, ranges[p]) for p in own]
         )
+        if every_token:
+            self.scored, self.scored_spans = torch.arange(batch.tokens), self.spans
+            return
         ends = [(len(p.tokens) - 1, p) for p in self.ending]
         self.scored = torch.tensor(
             [self._first[p] - self.past + end for end, p in ends], dtype=torch.long

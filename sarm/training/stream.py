@@ -3,30 +3,35 @@
 A chunk is what the SAE shuffles and learns from at once. It is collected in pieces of a few
 thousand states; each piece is a file as soon as it is whole, so a killed run loses seconds of
 backbone time, and a resumed one sees exactly the chunks an uninterrupted one would have seen.
+
+Pieces wait on disk, not in memory: what lies in memory is the chunk that is learnt from and, with
+prefetch, the next one, 4 * chunk_states * d_model bytes each (and a document more), and a piece.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sarm.checkpoint import replace_file
-from sarm.packing import iter_last_states
+from sarm.checkpoint import read_metadata, replace_file
+from sarm.packing import iter_last_states, iter_token_states
 from sarm.packing.blocks import unpackable
 from sarm.sae import normalize_tokens
 from sarm.states import StateCache
 from sarm.training.activations import SCORED, Window, prefixes, window_states
+from sarm.training.prefetch import prefetch
 
 PIECE = 4096  # states in a file
 
@@ -88,11 +93,13 @@ class StateStream:
     Args:
         backbone: the cut decoder.
         end_id: ends a turn, for windows of the kind "turn-end".
-        folder: where pieces of the chunk in progress are kept.
+        folder: where pieces of the chunks in progress are kept, a folder for each.
         chunk_states: states a chunk holds at least (the last may hold fewer).
         normalization: "token" or "none", as in `TopKSAE`.
         cache: where states of conversations are looked up and kept. A state found there was
             computed in another batch and may differ in its last bits.
+        prefetch: collect the next chunk in a thread (see `prefetch`) while the caller is busy with
+            one. The chunks have the same bits.
     """
 
     def __init__(
@@ -103,10 +110,12 @@ class StateStream:
         chunk_states: int,
         normalization: str = "token",
         cache: StateCache | None = None,
+        *,
+        prefetch: bool = False,
     ) -> None:
         self.backbone, self.end_id, self.cache = backbone, end_id, cache
         self.folder, self.chunk_states = Path(folder), chunk_states
-        self.normalization = normalization
+        self.normalization, self.prefetch = normalization, prefetch
 
     def chunks(
         self,
@@ -119,38 +128,64 @@ class StateStream:
         """Chunks of the documents after the first `documents_done`, `limit` states at most.
 
         The corpus is read once, from its beginning. `progress(states)` is called with the states
-        collected since the last call.
+        collected since the last call; with prefetch in another thread.
+        """
+        self._keep_only(documents_done)
+        collect = functools.partial(self._collect, corpus, documents_done, limit, progress)
+        found = prefetch(collect, self.backbone.device) if self.prefetch else collect(lambda: None)
+        with contextlib.closing(found):
+            for chunk in found:
+                yield chunk
+                shutil.rmtree(self._place(documents_done), ignore_errors=True)
+                documents_done = chunk.documents
+        self._keep_only(None)
+
+    def _collect(
+        self,
+        corpus: Iterable[list[Window]],
+        start: int,
+        limit: int | None,
+        progress: Callable[[int], None],
+        check: Callable[[], None],
+    ) -> Generator[Chunk]:
+        """Chunk by chunk, each from the pieces in its folder and those it still lacks.
+
+        `check` may raise after any piece.
         """
         windows, collected = None, 0
         while limit is None or collected < limit:
             left = None if limit is None else limit - collected
             want = self.chunk_states if left is None else min(self.chunk_states, left)
-            parts, documents, tokens = self._finished_pieces(documents_done)
-            have = sum(len(states) for states, _ in parts)
+            paths, documents, tokens, have = self._finished_pieces(start)
             progress(have)
             if windows is None:  # go on where the pieces of an interrupted run end
                 windows = itertools.islice(corpus, documents, None)
+            elif len(paths):
+                windows = itertools.islice(windows, documents - start, None)
             while have < want and (piece := self._piece(windows, min(PIECE, want - have))):
                 states, kinds, consumed, ran = piece
                 documents, tokens = documents + consumed, tokens + ran
-                place = {"start": documents_done, "documents": documents, "tokens": tokens}
-                self._write_piece(len(parts), states, kinds, place)
-                parts.append((states, kinds))
+                paths.append(self._place(start) / f"piece-{len(paths):05d}.safetensors")
+                self._write_piece(paths[-1], states, kinds, documents, tokens)
                 have += len(states)
                 progress(len(states))
+                check()
             if not have:
                 return
-            states, kinds = (torch.cat(tensors)[:left] for tensors in zip(*parts, strict=True))
-            parts.clear()  # what the chunk is made of need not lie beside it
-            chunk = Chunk(states, kinds, documents, tokens)
-            yield chunk
-            collected += len(chunk.states)
-            documents_done = documents
-            self.clear()
+            yield Chunk(*_joined(paths, have, left), documents, tokens)
+            collected, start = collected + have, documents
 
-    def clear(self) -> None:
-        """Forget the pieces of the chunk in progress."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _place(self, start: int) -> Path:
+        """Folder of the pieces of the chunk that begins after `start` documents."""
+        return self.folder / f"{start:09d}"
+
+    def _keep_only(self, start: int | None) -> None:
+        """Forget pieces of chunks before the one after `start` documents (None: all pieces)."""
+        for place in self.folder.glob("*"):
+            if start is None or not place.name.isdecimal() or int(place.name) < start:
+                shutil.rmtree(place, ignore_errors=True)
+        if start is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _piece(
         self, documents: Iterator[list[Window]], size: int
@@ -178,14 +213,23 @@ class StateStream:
         parts: list[Tensor] = [torch.empty(0)] * len(piece)
         rows: list[list[int]] = []  # sequences whose last token is read
         owner: list[int] = []  # of each row, its window
+        whole: list[int] = []  # windows of which every token is read
         packable = unpackable(self.backbone) is None
         for i, window in enumerate(piece):
-            if window.kind != SCORED and (window.kind == "token" or not packable):
+            if window.kind == SCORED and self.cache is not None:
+                continue
+            if window.kind != SCORED and not packable:
                 parts[i] = window_states(self.backbone, window, self.end_id)
-            elif window.kind != SCORED or self.cache is None:
+            elif window.kind == "token":
+                whole.append(i)
+            else:
                 found = prefixes(window, self.end_id)
                 rows += found
                 owner += [i] * len(found)
+        if whole:
+            ids = [piece[i].ids for i in whole]
+            for j, states in iter_token_states(self.backbone, ids):
+                parts[whole[j]] = states[piece[whole[j]].positions]
         if rows:
             states = torch.empty(len(rows), self.backbone.config.hidden_size)
             for indices, some in iter_last_states(self.backbone, rows):
@@ -202,23 +246,35 @@ class StateStream:
                 parts[i] = state[None]
         return torch.cat(parts)
 
-    def _write_piece(self, number: int, states: Tensor, kinds: Tensor, place: dict) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"piece-{number:05d}.safetensors"
+    def _write_piece(
+        self, path: Path, states: Tensor, kinds: Tensor, documents: int, tokens: int
+    ) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"states": states.contiguous(), "kinds": kinds}
+        place = {"documents": documents, "tokens": tokens, "states": len(states)}
         with replace_file(path, "wb") as file:
             file.write(save(tensors, {"place": json.dumps(place)}))
 
-    def _finished_pieces(self, start: int) -> tuple[list[tuple[Tensor, Tensor]], int, int]:
-        """Pieces an interrupted run left of the chunk that begins after `start` documents."""
-        parts: list[tuple[Tensor, Tensor]] = []
-        documents, tokens = start, 0
-        for path in sorted(self.folder.glob("piece-*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                place = json.loads(file.metadata()["place"])
-                if place["start"] != start:  # left by the chunk before, already learnt
-                    self.clear()
-                    return [], start, 0
-                parts.append((file.get_tensor("states"), file.get_tensor("kinds")))
-                documents, tokens = place["documents"], place["tokens"]
-        return parts, documents, tokens
+    def _finished_pieces(self, start: int) -> tuple[list[Path], int, int, int]:
+        """What an interrupted run left of a chunk: (pieces, documents, tokens, states)."""
+        paths = sorted(self._place(start).glob("piece-*.safetensors"))
+        documents, tokens, have = start, 0, 0
+        for path in paths:
+            place = json.loads(read_metadata(path)["place"])
+            documents, tokens = place["documents"], place["tokens"]
+            have += place["states"]
+        return paths, documents, tokens, have
+
+
+def _joined(paths: list[Path], have: int, limit: int | None) -> tuple[Tensor, Tensor]:
+    """(states, kinds) of pieces, `limit` at most; one piece at a time lies beside them."""
+    states, kinds = torch.empty(0), torch.empty(have, dtype=torch.uint8)
+    at = 0
+    for path in paths:
+        piece = load_file(path)
+        if not at:
+            states = torch.empty(have, piece["states"].shape[1])
+        end = at + len(piece["kinds"])
+        states[at:end], kinds[at:end] = piece["states"], piece["kinds"]
+        at = end
+    return states[:limit], kinds[:limit]

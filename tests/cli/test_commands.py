@@ -222,7 +222,7 @@ def test_train_sae_in_8_bits_with_every_option_and_a_log(sarm, backbone_dir, fil
         "--conversations", turns, "--batch-size", 32, "--chunk-states", 200, "--k-start", 8,
         "--multi-topk", "--dead-latents", "resample", "--dead-after", 64, "--pre-bias", "median",
         "--clip", 0, "--ema", 0.9, "--optimizer", "adam-bf16", "--log", "tensorboard",
-        "--log-every", 2,
+        "--log-every", 2, "--prefetch", "--cache", tmp_path / "states.sqlite",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "alive at scored tokens" in done.out

@@ -4,25 +4,9 @@ import pytest
 import tiny_sarm
 import torch
 
-from sarm.backbone import load_backbone
 from sarm.errors import InputError
 from sarm.tokens import ConversationEncoder
 from sarm.training.activations import POSITIONS, Window, WindowMaker, window_states
-
-ARCHITECTURES = {
-    "llama": {},
-    "qwen3": {},
-    "gemma2": {},
-    "mistral-sliding": {"sliding_window": 12},
-    "gemma2-sliding": {"sliding_window": 12},
-}
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def any_backbone(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    kind = request.param.split("-")[0]
-    return load_backbone(tiny_sarm.save_backbone(folder, kind, **ARCHITECTURES[request.param]))
 
 
 def read(tokenizer, text, kind="sentence", **options):

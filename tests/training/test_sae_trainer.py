@@ -1,10 +1,12 @@
 """SAE training: resumed to the bit, folded exactly, reported honestly."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +41,8 @@ def _small_pieces(monkeypatch):
 def train(backbone, tokenizer, tmp_path):
     """Run a trainer in tmp_path/name over documents (a fresh generator for every pass)."""
 
-    def run(name="out", config=CONFIG, texts=TEXTS, backbone=backbone, **callbacks):
-        trainer = SaeTrainer(backbone, tokenizer, config, tmp_path / name)
+    def run(name="out", config=CONFIG, texts=TEXTS, backbone=backbone, prefetch=None, **callbacks):
+        trainer = SaeTrainer(backbone, tokenizer, config, tmp_path / name, prefetch=prefetch)
         report = trainer.run(lambda: (t for t in texts), **callbacks)
         return trainer, report
 
@@ -118,6 +120,35 @@ def test_a_run_killed_again_and_again_resumes_to_the_same_bits(train, tmp_path, 
             kills += 1
     assert kills >= 3
     assert equal(weights(tmp_path / "out"), uninterrupted)
+
+
+def test_prefetch_changes_no_bit(train, tmp_path, uninterrupted):
+    _, report = train(prefetch=True)
+    assert report.states > 2 * CONFIG.chunk_states
+    assert equal(weights(tmp_path / "out"), uninterrupted)
+
+
+def test_a_run_with_prefetch_killed_again_and_again_resumes_to_the_same_bits(
+    train, tmp_path, uninterrupted
+):
+    """Killed in the thread and out of it, with states of the next chunk on disk."""
+    kills = ahead = 0
+    while True:
+        try:
+            train(prefetch=True, on_states=raise_at(6), on_step=raise_at(11))
+            break
+        except Killed:
+            kills += 1
+            ahead += len(list((tmp_path / "out/.progress/states").iterdir())) > 1
+    assert kills >= 3
+    assert ahead
+    assert equal(weights(tmp_path / "out"), uninterrupted)
+
+
+def test_a_failing_step_ends_the_thread_of_prefetch(train):
+    with pytest.raises(Killed):
+        train(prefetch=True, on_step=raise_at(1))
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 @pytest.mark.parametrize("file", ["sae.safetensors", "trainer.safetensors"])
@@ -274,6 +305,33 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(train, tmp_path, m
     with pytest.raises(InputError, match="step 12"):
         train(on_step=lambda m: saved.append(m["step"]))
     assert saved[-1] == 12
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_disk_full_of_states_stops_and_can_be_resumed(
+    train, tmp_path, monkeypatch, uninterrupted, prefetch
+):
+    """The checkpoint of the chunk before is kept, and so are the finished pieces."""
+    real, chunks = stream.replace_file, {}
+
+    @contextlib.contextmanager
+    def full(path, *mode):
+        pieces = chunks.setdefault(path.parent, [])
+        pieces.append(path)
+        if len(chunks) == 3 and len(pieces) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        with real(path, *mode) as file:
+            yield file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "replace_file", full)
+        with pytest.raises(OSError, match="No space"):
+            train(prefetch=prefetch)
+    assert (tmp_path / "out/.progress/trainer.safetensors").exists()
+    kept = list((tmp_path / "out/.progress/states").rglob("piece-*"))
+    assert kept == list(chunks.values())[2][:1]
+    train(prefetch=prefetch)
+    assert equal(weights(tmp_path / "out"), uninterrupted)
 
 
 def test_a_full_disk_leaves_the_earlier_sae_and_can_be_resumed(train, tmp_path, monkeypatch):

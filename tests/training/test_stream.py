@@ -1,11 +1,14 @@
 """Chunks of states: the same however often the run was interrupted, every state exactly once."""
 
+import threading
+
 import pytest
 import tiny_sarm
 import torch
 
 from sarm.backbone import load_backbone
 from sarm.errors import InputError
+from sarm.packing import iter_token_states
 from sarm.sae import normalize_tokens
 from sarm.states import StateCache
 from sarm.tokens import ConversationEncoder
@@ -144,14 +147,21 @@ def test_pieces_of_a_chunk_already_learnt_are_dropped(make):
     assert same(rest, whole[1:])
 
 
-def test_the_limit_is_exact_and_no_backbone_time_is_spent_beyond_its_document(make, monkeypatch):
-    ran = []
-    windows = stream.window_states
-    monkeypatch.setattr(stream, "window_states", lambda *a: ran.append(windows(*a)) or ran[-1])
+def test_the_limit_is_exact_and_no_backbone_time_is_spent_beyond_its_document(
+    make, forward_tokens, monkeypatch
+):
     monkeypatch.setattr(stream, "PIECE", 1000)
-    chunks = collect(make("token", chunk_states=1000), TEXTS, limit=17)
+    made = make("token", chunk_states=1000)
+    ran = forward_tokens(made.backbone)
+    chunks = collect(made, TEXTS, limit=17)
     assert [len(c[0]) for c in chunks] == [17]
-    assert sum(len(r) for r in ran[:-1]) < 17
+    states = tokens = 0
+    for windows in made.maker.windows(TEXTS):
+        states += sum(len(w.positions) for w in windows)
+        tokens += sum(len(w.ids) for w in windows)
+        if states >= 17:
+            break
+    assert sum(ran) == tokens
 
 
 @pytest.mark.parametrize("limit", [None, 30, 31, 75])
@@ -173,10 +183,77 @@ def test_empty_documents_and_an_empty_corpus(make):
     torch.testing.assert_close(filled, all_states(make(), TEXTS), **CLOSE)
 
 
-def test_nothing_is_left_in_the_folder_after_the_last_chunk(make):
-    made = make()
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_nothing_is_left_in_the_folder_after_the_last_chunk(make, prefetch):
+    made = make(prefetch=prefetch)
     collect(made, TEXTS)
     assert not made.folder.exists()
+
+
+def test_prefetched_chunks_have_the_same_bits(make):
+    expected = collect(make(), TEXTS, limit=75)
+    assert same(collect(make(folder="b", prefetch=True), TEXTS, limit=75), expected)
+    assert same(collect(make(folder="c", prefetch=True), TEXTS), collect(make(), TEXTS))
+
+
+def test_one_chunk_ahead_is_collected_and_no_other(make):
+    """What bounds the memory: the folder has pieces of two chunks at most."""
+    made = make(prefetch=True)
+    seen = []
+
+    def progress(states):
+        seen.append(len(list(made.folder.iterdir())) if made.folder.exists() else 0)
+
+    assert len(collect(made, TEXTS, progress=progress)) > 3
+    assert max(seen) == 2
+
+
+def test_what_was_collected_ahead_of_a_kill_is_used(make, forward_tokens):
+    whole = collect(make(folder="whole"), TEXTS)
+    made, ahead = make(prefetch=True), threading.Event()
+
+    def progress(states):  # called when a piece has been written
+        if len(list(made.folder.glob("*/*"))) > pieces_of_one_chunk:
+            ahead.set()
+
+    pieces_of_one_chunk = -(-30 // 8)
+    chunks = made.chunks(made.maker.windows(TEXTS), progress=progress)
+    first = next(chunks)
+    assert ahead.wait(30)
+    chunks.close()
+    later = made.folder / f"{first.documents:09d}"
+    kept = len(list(later.iterdir()))
+    assert kept > 0
+    ran = forward_tokens(made.backbone)
+    assert same(collect(make(), TEXTS, documents_done=first.documents), whole[1:])
+    resumed, ran[:] = sum(ran), []
+    collect(make(folder="again"), TEXTS, documents_done=first.documents)
+    assert 0 < resumed < sum(ran)
+
+
+# ---- every token ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_tokens", [5, 64, 4096])
+def test_packed_token_states_equal_each_window_alone(any_backbone, tokenizer, max_tokens):
+    """Also cut into several passes; no state depends on what else is in its pass."""
+    maker = WindowMaker(tokenizer, "token", context=64)
+    windows = [w for found in maker.windows(TEXTS[:5]) for w in found]
+    packed = dict(iter_token_states(any_backbone, [w.ids for w in windows], max_tokens))
+    assert sorted(packed) == list(range(len(windows)))
+    for i, window in enumerate(windows):
+        alone = window_states(any_backbone, window, None)
+        torch.testing.assert_close(packed[i][window.positions], alone, **CLOSE)
+
+
+def test_token_windows_are_packed_without_padding(make, forward_tokens):
+    made = make("token", chunk_states=10**6)
+    ran = forward_tokens(made.backbone)
+    lengths = [len(w.ids) for found in made.maker.windows(TEXTS) for w in found]
+    collect(made, TEXTS)
+    assert len(set(lengths)) > 1
+    assert sum(ran) == sum(lengths)
+    assert max(ran) > max(lengths)  # several in a pass
 
 
 # ---- conversations -------------------------------------------------------------------------
