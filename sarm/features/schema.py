@@ -40,6 +40,7 @@ CREATE TABLE IF NOT EXISTS label (
     details TEXT NOT NULL DEFAULT '{}',
     PRIMARY KEY (feature, method)
 );
+CREATE TABLE IF NOT EXISTS progress (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 """
 
 # The words of contexts and labels; absent where SQLite was built without FTS5, and search then

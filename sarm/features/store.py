@@ -363,7 +363,7 @@ class FeatureStore:
     def labels(self, feature: int | None = None, method: str | None = None) -> list[Label]:
         """Labels, of all features and methods unless told, by feature and then method."""
         return [
-            Label(*row[:6], details=json.loads(row[6]))
+            Label(*(*row[:-1], json.loads(row[-1])))
             for row in self.rows(
                 "SELECT feature, method, label, explanation, score, detection, details FROM label "
                 "WHERE (:feature IS NULL OR feature = :feature) "
@@ -384,8 +384,8 @@ class FeatureStore:
 
 
 def _feature(row: tuple) -> Feature:
-    return Feature(*row[:12], histogram=json.loads(row[12]))
+    return Feature(*(*row[:-1], json.loads(row[-1])))
 
 
 def _context(row: tuple) -> Context:
-    return Context(*row[:5], json.loads(row[5]), json.loads(row[6]), row[7])
+    return Context(*(*row[:5], json.loads(row[5]), json.loads(row[6]), row[7]))

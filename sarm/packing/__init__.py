@@ -7,6 +7,7 @@ plan.py          forward passes of bounded size
 budget.py        passes that memory does not suffice for are halved
 blocks.py        a decoder's layers on matrices of tokens: transformers' own, or 8-bit ones
 forward.py       the decoder over a packed tree; the last layer for scored tokens only
+tails.py         the states of several last tokens of every sequence
 padded.py        the transformers forward on right-padded rows, for what cannot be packed
 """
 
@@ -28,6 +29,7 @@ from sarm.packing.padded import Batch, last_state, pad_right, plan_batches, run_
 from sarm.packing.plan import plan_passes
 from sarm.packing.prefix_cache import CacheStats, PrefixCache
 from sarm.packing.reuse import remaining_tree
+from sarm.packing.tails import iter_tail_states
 from sarm.packing.tree import prefix_tree
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "check_ids",
     "is_out_of_memory",
     "iter_last_states",
+    "iter_tail_states",
     "last_state",
     "pad_right",
     "plan_batches",
