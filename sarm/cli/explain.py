@@ -53,17 +53,16 @@ def explain(
     quantization: Quantization = None,
 ) -> None:
     """A reward, feature by feature; the contributions sum to it. Of two responses: a margin."""
-    sides = None if every else _sides(source, row, prompt, response, versus)
     if every and (source is None or out is None):
         raise InputError("explain: --all needs a file and -o")
     if not every and out is not None:
         raise InputError("explain: -o goes with --all; a page is written with --html")
-    if per_token and (every or len(sides or []) == 2):
+    sides = [] if every else _sides(source, row, prompt, response, versus)
+    if per_token and len(sides) != 1:
         raise InputError("explain: --per-token is of one response")
     scorer = open_scorer(model, dtype, quantization, max_length)
     names = _names(features, scorer)
-    if sides is None:
-        assert source is not None and out is not None
+    if every and source is not None and out is not None:
         _file(scorer, source, out, top, names, overwrite, skip_bad)
         return
     shown, page, fields = _views(scorer, sides, top, names, per_token, reading)
@@ -94,7 +93,7 @@ def _views(scorer, sides: list, top: int, names: dict, per_token: bool, reading:
         table = terminal.explanation_table(found.explanation)
         return [terminal.trace_text(found), table], html.trace_page(found), asdict(found)
     if len(sides) == 2:
-        comparison = compare(scorer, *sides, top, names)
+        comparison = compare(scorer, sides[0], sides[1], top, names)
         fields = {"margin": comparison.margin, **asdict(comparison)}
         page = html.comparison_page(comparison)
         return [terminal.comparison_table(comparison)], page, fields

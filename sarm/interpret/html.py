@@ -26,7 +26,8 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fff; --line: #c8c8d0; --pos: 178 24 43;
   --neg: 33 102 172; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #ececf1; --paper: #16161a; --line: #44444c; --pos: 244 109 92; --neg: 92 160 224; } }
+  :root { --ink: #ececf1; --paper: #16161a; --line: #44444c; --pos: 244 109 92;
+    --neg: 92 160 224; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 60rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
@@ -74,7 +75,8 @@ document.querySelectorAll("section.strip").forEach((section, at) => {
     token.addEventListener("focus", () => tell(i));
     token.addEventListener("pointerenter", () => tell(i));
     token.addEventListener("keydown", (event) => {
-      const to = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: tokens.length - 1 }[event.key];
+      const keys = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: tokens.length - 1 };
+      const to = keys[event.key];
       if (to === undefined || !tokens[to]) return;
       event.preventDefault();
       token.tabIndex = -1;
