@@ -22,6 +22,7 @@ from sarm.errors import InputError
 from sarm.features.store import Feature, FeatureStore
 
 ORDERS = ("z", "contribution", "mean")
+Match = tuple[int, float | None, bool]  # partner, cosine, mutual
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def diff(
                 f"{first.path} and {second.path} are of different models; give both models to "
                 "match their features by decoder"
             )
-        pairs = {i: (i, None, True) for i in sides[0]}
+        pairs: Mapping[int, Match] = {i: (i, None, True) for i in sides[0]}
     else:
         pairs = matched(*decoders)
     found = [
@@ -90,7 +91,7 @@ def diff(
     return sorted(found, key=lambda d: (-abs(keys[order](d)), d.feature))
 
 
-def matched(first: Tensor, second: Tensor) -> Mapping[int, tuple[int, float | None, bool]]:
+def matched(first: Tensor, second: Tensor) -> Mapping[int, Match]:
     """{feature: (partner, cosine, mutual)}; (n, m) cosines are made a slice at a time."""
     if first.shape[1] != second.shape[1]:
         raise InputError(

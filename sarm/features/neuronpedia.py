@@ -115,9 +115,7 @@ def _feature(f: Feature, creator: str) -> dict:
         "maxActApprox": f.max,
         "frac_nonzero": f.frequency,
         "freq_hist_data_bar_heights": f.histogram["counts"],
-        "freq_hist_data_bar_values": [
-            (a + b) / 2 for a, b in itertools.pairwise(edges)
-        ],
+        "freq_hist_data_bar_values": [(a + b) / 2 for a, b in itertools.pairwise(edges)],
         "hasVector": False,
         "vector": [],
         **{name: [] for name in _EMPTY},

@@ -94,10 +94,6 @@ def test_one_line_each(refused, trained, database, files, tmp_path):
         "features", "export", "--format", "delphi", "-o", tmp_path / "x"
     )
     assert "--all needs a file and -o" in refused("explain", *model, "--all")
-    assert "is of one response" in refused(
-        "explain", files / "valid.jsonl", *model, "--per-token"
-    )
+    assert "is of one response" in refused("explain", files / "valid.jsonl", *model, "--per-token")
     assert "reading must be one of" in refused(*ask, "--per-token", "--reading", "x")
-    assert "neither" in refused(
-        "features", "diff", database, database, "--model-a", trained / "rm"
-    )
+    assert "neither" in refused("features", "diff", database, database, "--model-a", trained / "rm")

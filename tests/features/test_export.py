@@ -81,7 +81,9 @@ def test_neuronpedia_rows_are_the_database(database, tmp_path):
         store.add_label(3, "tf-idf", "cats", "sits on mats")
         folder = export_neuronpedia(store, tmp_path / "np", model_id="tiny", creator="me")
         features = store.features("id", alive=False)
-        contexts = {f.id: [*store.contexts(f.id), *store.contexts(f.id, "sample")] for f in features}
+        contexts = {
+            f.id: [*store.contexts(f.id), *store.contexts(f.id, "sample")] for f in features
+        }
     assert folder == tmp_path / "np" / "tiny" / "2-sarm"
     rows = read_lines(folder / "features" / "batch-0.jsonl.gz")
     assert [r["index"] for r in rows] == [str(f.id) for f in features]
@@ -114,9 +116,9 @@ def test_bad_exports(database, scorer, pairs, tmp_path):
             export_neuronpedia(store, tmp_path / "there", model_id="x")
         with pytest.raises(InputError, match="model id: expected letters"):
             export_neuronpedia(store, tmp_path / "new", model_id="../x")
-    with FeatureStore(tmp_path / "half.db", "rw") as half:
-        with pytest.raises(InputError, match="not been finished"):
-            export_neuronpedia(half, tmp_path / "new", model_id="x")
+    half = FeatureStore(tmp_path / "half.db", "rw")
+    with half, pytest.raises(InputError, match="not been finished"):
+        export_neuronpedia(half, tmp_path / "new", model_id="x")
     with pytest.raises(InputError, match="exists already"):
         export_delphi(scorer, [str(pairs)], tmp_path / "there")
     with pytest.raises(InputError, match="window must be at least 1, got 0"):
