@@ -32,7 +32,7 @@ class Elements(HTMLParser):
             self.scripts.append([tag, ""])
 
     def handle_data(self, data):
-        if self.lasttag in ("script", "style") and self.scripts:
+        if self.cdata_elem is not None:  # within a script or a style
             self.scripts[-1][1] += data
         self.text.append(data)
 
