@@ -34,6 +34,7 @@ SUITES = {
     "serve": "serve",
     "train-rm": "train_rm",
     "train-sae": "train_sae",
+    "features": "features",
 }
 
 

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from sarm.data import BadRecords, Record, read_records, to_conversation
 from sarm.errors import InputError
 from sarm.scorer import SARMScorer
 from sarm.states import fingerprint
+
+NumberedRow = tuple[int, Record]  # an input row and its place, from 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ def score_file(
     block: int = 256,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda rows: None,
+    make: Callable[[SARMScorer, list[NumberedRow], BadRecords], list[dict]] | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> ScoreFileReport:
     """Write {"row", "reward", "dropped_tokens", "id"?} for each conversation of `source`.
 
@@ -51,6 +55,8 @@ def score_file(
         bad: skip malformed rows and count them (they get no output row), or stop (default).
         block: rows that are scored and made durable together.
         progress: called with the rows done since the last call.
+        make: output lines of a block in place of rewards; each has `row` and `dropped_tokens`.
+        settings: what else the lines depend on; a partial run with other ones is refused.
     Raises:
         InputError: malformed row (file:line); `out` exists; a partial run of something else.
         FileNotFoundError: no input.  Nothing is left behind when no row was done.
@@ -65,7 +71,7 @@ def score_file(
     partial = out.with_name(out.name + ".partial")
     note = out.with_name(out.name + ".partial.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    _claim(note, partial, _identity(scorer, source))
+    _claim(note, partial, {**_identity(scorer, source), **(settings or {})})
     resumed, next_row, truncated = _recover(partial)
     progress(resumed)
     scored = 0
@@ -74,7 +80,7 @@ def score_file(
         records = _skip_done(records, next_row, resumed, bad)
         with open(partial, "a", encoding="utf-8") as file:
             for rows in _blocks(records, block):
-                lines = _score_block(scorer, rows, bad)
+                lines = (make or _score_block)(scorer, rows, bad)
                 truncated += sum(line["dropped_tokens"] > 0 for line in lines)
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
                 file.flush()
@@ -91,7 +97,7 @@ def score_file(
     return ScoreFileReport(scored, resumed, truncated, bad.count)
 
 
-def _score_block(scorer: SARMScorer, rows: list[tuple[int, Record]], bad: BadRecords) -> list[dict]:
+def _score_block(scorer: SARMScorer, rows: list[NumberedRow], bad: BadRecords) -> list[dict]:
     ready, encoded = [], []
     for number, record in rows:
         try:

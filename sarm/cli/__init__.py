@@ -15,6 +15,7 @@ for _command in (
     "evaluate",
     "score",
     "explain",
+    "features",
     "steer",
     "serve",
     "demo",

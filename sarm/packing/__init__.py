@@ -7,6 +7,7 @@ plan.py          forward passes of bounded size
 budget.py        passes that memory does not suffice for are halved
 blocks.py        a decoder's layers on matrices of tokens: transformers' own, or 8-bit ones
 forward.py       the decoder over a packed tree; the last layer for scored tokens only
+tails.py         the states of several last tokens of every sequence
 padded.py        the transformers forward on right-padded rows, for what cannot be packed
 """
 
@@ -25,10 +26,11 @@ from sarm.packing.blocks import unpackable
 from sarm.packing.budget import Budget, is_out_of_memory, run_each
 from sarm.packing.forward import PackedDecoder
 from sarm.packing.padded import Batch, last_state, pad_right, plan_batches, run_padded
-from sarm.packing.plan import Pass, Piece, plan_passes
+from sarm.packing.plan import plan_passes
 from sarm.packing.prefix_cache import CacheStats, PrefixCache
 from sarm.packing.reuse import remaining_tree
-from sarm.packing.tree import Node, prefix_tree
+from sarm.packing.tails import iter_tail_states
+from sarm.packing.tree import prefix_tree
 
 __all__ = [
     "Budget",
@@ -37,6 +39,7 @@ __all__ = [
     "check_ids",
     "is_out_of_memory",
     "iter_last_states",
+    "iter_tail_states",
     "iter_token_states",
     "last_state",
     "last_states",
@@ -101,27 +104,14 @@ def iter_token_states(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields (index, (len(rows[index]), d_model) fp32 states on the CPU) of every row.
 
-    Rows lie end to end in passes of `max_tokens`: no padding, and none attends to another. The
-    longest come first; a pass that does not fit into memory is run in halves. Arguments and errors
-    as in `iter_last_states`; the backbone must not be `unpackable`.
+    What rows begin with in common runs once; see `iter_tail_states`.
     """
     check_ids(rows, backbone.config.vocab_size)
     limit = max_tokens or TOKENS_PER_BATCH.get(backbone.device.type, 8192)
-    decoder, budget = PackedDecoder(backbone, every_token=True), Budget()
-    nodes = [Node(-1, row, 0, len(row), (i,)) for i, row in enumerate(rows)]
-
-    def run(batch: Pass, after: Pass | None) -> tuple[list[Piece], Tensor]:
-        return batch.pieces, decoder.run(batch, after)[1]
-
-    begun: list[Tensor] = []  # of a row that takes several passes; its pieces follow each other
-    turn, passes = lock_of(backbone), plan_passes(nodes, limit)
-    for pieces, states in run_each(passes, run, budget, limit, turn=turn, relieve=_empty_cache):
-        parts = states.float().cpu().split([len(piece.tokens) for piece in pieces])
-        for piece, part in zip(pieces, parts, strict=True):
-            begun.append(part)
-            if piece.rows:
-                yield piece.rows[0], torch.cat(begun)
-                begun.clear()
+    longest = max(map(len, rows), default=1)
+    for indices, found in iter_tail_states(backbone, rows, longest, limit):
+        for i, states in zip(indices, found, strict=True):
+            yield i, states.float().cpu()
 
 
 def _runs(

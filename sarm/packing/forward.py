@@ -31,22 +31,22 @@ class PackedDecoder:
     """Runs passes in order, keeping the keys and values that later passes attend to.
 
     Passes come depth-first: what any later one attends to stands before the next one's first piece.
-
-    every_token: `run` returns the states of all tokens of the pass, in order, (T, d_model).
     """
 
-    def __init__(self, backbone, *, every_token: bool = False) -> None:
-        self.device, self.every_token = backbone.device, every_token
+    def __init__(self, backbone) -> None:
+        self.device = backbone.device
         self.blocks = blocks_of(backbone)
         self._kept: dict[Piece, KeyValue] = {}
 
     @torch.inference_mode()
     def run(self, batch: Pass, after: Pass | None = None) -> tuple[list[Piece], Tensor]:
-        """The pieces of the pass that end sequences, and their last tokens' (n, d_model) states.
+        """The pieces of the pass with wanted tokens, and those tokens' (n, d_model) states.
+
+        By default the pieces that end sequences, with one state each, that of their last token.
 
         after: the pass that will run next.  If this one fails, it may be tried again.
         """
-        blocks, layout = self.blocks, Layout(batch, self._kept, every_token=self.every_token)
+        blocks, layout = self.blocks, Layout(batch, self._kept)
         ahead = set(after.pieces[0].path()) if after else set()
         fresh: dict[Piece, KeyValue] = {p: [] for p in batch.pieces if p in ahead}
         wishes: list[tuple[Piece, Wish, KeyValue]] = [
@@ -136,13 +136,11 @@ class Layout:
     """Where everything of a pass lies: what is cached, kept pieces, its own, one after another.
 
     ids, positions: (T,).  past: P.  stored: the keys that stand before the pass's own, as (rows,
-    keys and values, rows of these).  ending: pieces that end sequences; scored: (n,) rows of their
-    last tokens in (T,).
+    keys and values, rows of these).  ending: pieces with wanted tokens, the last ones of those that
+    end sequences unless they say otherwise; scored: (n,) rows of these tokens in (T,).
     """
 
-    def __init__(
-        self, batch: Pass, kept: Mapping[Piece, KeyValue], *, every_token: bool = False
-    ) -> None:
+    def __init__(self, batch: Pass, kept: Mapping[Piece, KeyValue]) -> None:
         self._first: dict[Piece, int] = {}
         self.stored: list[tuple[slice, KeyValue, slice]] = []
         ranges: dict[Piece, list[tuple[int, int]]] = {}  # of the keys up to the piece's end
@@ -168,20 +166,19 @@ class Layout:
         own = batch.pieces
         self.ids = torch.tensor([t for p in own for t in p.tokens], dtype=torch.long)
         self.positions = torch.cat([torch.arange(p.start, p.start + len(p.tokens)) for p in own])
-        self.ending = [p for p in own if p.rows]
+        self.ending = [p for p in own if p.first_wanted < p.end]
         self.spans = Spans.of(
             [(self._first[p] - self.past, len(p.tokens), p.start, ranges[p]) for p in own]
         )
-        if every_token:
-            self.scored, self.scored_spans = torch.arange(batch.tokens), self.spans
-            return
-        ends = [(len(p.tokens) - 1, p) for p in self.ending]
-        self.scored = torch.tensor(
-            [self._first[p] - self.past + end for end, p in ends], dtype=torch.long
-        )
-        self.scored_spans = Spans.of(
-            [(i, 1, p.start + end, ranges[p]) for i, (end, p) in enumerate(ends)]
-        )
+        rows: list[int] = []
+        runs, count = [], 0
+        for p in self.ending:
+            wanted, first = p.end - p.first_wanted, self._first[p] - self.past
+            rows += range(first + len(p.tokens) - wanted, first + len(p.tokens))
+            runs.append((count, wanted, p.first_wanted, ranges[p]))
+            count += wanted
+        self.scored = torch.tensor(rows, dtype=torch.long)
+        self.scored_spans = Spans.of(runs)
 
     def own(self, piece: Piece) -> tuple[int, int]:
         """First row and count of its keys."""

@@ -50,6 +50,7 @@ def is_lean(layer: Any) -> bool:
     linears += [getattr(mlp, f"{n}_proj", None) for n in ("gate", "up", "down")]
     return (
         all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+        and mlp is not None
         and isinstance(mlp.act_fn, SILU)
         and hasattr(layer.input_layernorm, "variance_epsilon")
         and not hasattr(block, "q_norm")

@@ -21,7 +21,9 @@ class Piece:
     """Consecutive tokens of one node that pass the backbone together.
 
     parent: the piece before it on its path (perhaps of an earlier pass).  start: position of its
-    first token.  rows: the sequences that end with it.  past, wish: see `Node`.
+    first token.  rows: the sequences that end with it.  past, wish: see `Node`.  wanted: position
+    of the first token whose state is wanted, perhaps beyond the piece; None: of the last token of
+    a piece that ends sequences.
     """
 
     parent: Piece | None
@@ -30,6 +32,19 @@ class Piece:
     rows: tuple[int, ...]
     past: Past | None = None
     wish: Wish | None = None
+    wanted: int | None = None
+
+    @property
+    def end(self) -> int:
+        """Position after its last token."""
+        return self.start + len(self.tokens)
+
+    @property
+    def first_wanted(self) -> int:
+        """Position of its first token whose state is wanted; `end` where there is none."""
+        if self.wanted is None:
+            return self.end - 1 if self.rows else self.end
+        return min(max(self.wanted, self.start), self.end)
 
     def path(self) -> Iterator[Piece]:
         """This piece, the one before it, and so on to the root."""
@@ -63,6 +78,7 @@ class Pass:
         for piece in self.pieces:
             if room and len(piece.tokens) > room:
                 head = Piece(piece.parent, piece.tokens[:room], piece.start, (), piece.past)
+                head.wanted = piece.wanted
                 piece.parent, piece.past = head, None
                 piece.tokens, piece.start = piece.tokens[room:], piece.start + room
                 first.add(head)

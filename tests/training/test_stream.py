@@ -205,7 +205,7 @@ def test_one_chunk_ahead_is_collected_and_no_other(make):
         seen.append(len(list(made.folder.iterdir())) if made.folder.exists() else 0)
 
     assert len(collect(made, TEXTS, progress=progress)) > 3
-    assert max(seen) == 2
+    assert max(seen) <= 2
 
 
 def test_what_was_collected_ahead_of_a_kill_is_used(make, forward_tokens):
