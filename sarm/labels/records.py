@@ -43,6 +43,14 @@ class Records:
         )
         return {feature for (feature,) in rows}
 
+    def has(self, feature: int) -> bool:
+        """Whether a feature has a label by these prompts, perhaps since a moment ago."""
+        query = (
+            "SELECT 1 FROM label WHERE feature = ? AND method = ? "
+            "AND json_extract(details, '$.version') = ?"
+        )
+        return bool(self.store.rows(query, (feature, self.method, VERSION)))
+
     def failures(self) -> dict[int, str]:
         """Features that these prompts could not label, and why."""
         query = "SELECT feature, reason FROM label_failure WHERE method = ? AND version = ?"

@@ -99,7 +99,7 @@ class Labeler:
     ) -> None:
         for feature in todo:
             with claims.claim(feature) as mine:
-                if not mine or (not self.redo and feature in self.records.done()):
+                if not mine or (not self.redo and self.records.has(feature)):
                     self.report.elsewhere += 1
                 else:
                     await self._one(feature)
