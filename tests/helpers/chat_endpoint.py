@@ -114,7 +114,7 @@ class ChatEndpoint:
         with self.changed:
             number = len(self.bodies)
             self.bodies.append(body)
-            self.headers.append(dict(handler.headers))
+            self.headers.append({k.lower(): v for k, v in handler.headers.items()})
             self.in_flight += 1
             self.most = max(self.most, self.in_flight)
             self.changed.notify_all()
