@@ -41,9 +41,7 @@ def label(database):
                 features = [f.id for f in store.features()]
                 todo = pending(records, features, redo=redo, retry_failed=retry_failed)
                 async with Endpoint(Settings(model, url, **s), key) as endpoint:
-                    labeler = Labeler(
-                        store, endpoint, Sampling(held_out=6), batch=batch, redo=redo
-                    )
+                    labeler = Labeler(store, endpoint, Sampling(held_out=6), batch=batch, redo=redo)
                     return await labeler.run(todo), endpoint.usage
 
         return asyncio.run(work())

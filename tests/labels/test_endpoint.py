@@ -14,7 +14,7 @@ from sarm.labels.endpoint import DEFAULT_URL, Endpoint, EndpointError, Refused, 
 KEY = "sk-secret-0123456789"
 MESSAGES = [
     {"role": "system", "content": "s"},
-    {"role": "user", "content": "Activation: 1.00  Sequence: \"topic1\""},
+    {"role": "user", "content": 'Activation: 1.00  Sequence: "topic1"'},
 ]
 
 
