@@ -66,7 +66,9 @@ def keep(
 
 
 def background(store: FeatureStore) -> list[BackgroundResponse]:
-    """The sample of a database, in random order."""
+    """The sample of a database, in random order; empty where none was collected."""
+    if not store.rows("SELECT 1 FROM sqlite_master WHERE name = 'background'"):
+        return []
     rows = store.rows("SELECT source, position, tokens, active FROM background ORDER BY rank")
     return [
         BackgroundResponse(source, position, json.loads(tokens), frozenset(json.loads(active)))

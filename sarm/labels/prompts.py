@@ -71,7 +71,8 @@ def read_explanation(answer: str) -> tuple[str, int]:
         what = "has several explanations" if found else "has no explanation and score"
         raise Nonsense(f"the answer {what}: {clipped(answer, 80)!r}")
     explanation, scored = clean(found[0][0]).strip(" *_"), found[0][1]
-    if not any(c.isalnum() for c in explanation) or explanation[0] in "<[":
+    template = re.fullmatch(r"<[^<>]*>|\[[^\[\]]*\]", explanation)  # the format, sent back
+    if template or not any(c.isalnum() for c in explanation):
         raise Nonsense(f"the explanation is empty: {clipped(answer, 80)!r}")
     # "4", "4/5", "**4**", "[4]", "4 (clear)"; not "4.5", "4/3/2", "45", "-4"
     score = re.match(r"([1-5])(?:\s*/\s*5(?![\d/.]))?(?!\s*/)(?![\d])(?!\.\d)", scored)

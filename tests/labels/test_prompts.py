@@ -32,7 +32,7 @@ def test_a_change_of_the_texts_is_a_new_version():
             "<think>Explanation: a\nScore: 1</think>Explanation: It refuses.\nScore: 4",
             ("It refuses.", 4),
         ),
-        ("Explanation: <b>bold</b> & more\nScore: 1", None),
+        ("Explanation: <b>bold</b> & more\nScore: 1", ("<b>bold</b> & more", 1)),
         ("Explanation: uses <b>bold</b>\nScore: 1", ("uses <b>bold</b>", 1)),
         ("Explanation: a\x1b[31mred\u202e\nScore: 1", ("a[31mred", 1)),
         ("", None),

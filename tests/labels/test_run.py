@@ -151,9 +151,10 @@ def test_some_faults_leave_features_for_another_run(label):
 def test_markup_in_a_label_stays_data(label, store):
     said = 'Explanation: <script>alert(1)</script> [red]x[/] "q"; DROP TABLE label\nScore: 2'
 
-    with ChatEndpoint(lambda n, body, s: None if is_detection(body) else said) as server:
-        # the good model looks for a topic in the explanation and finds none
-        server.behave = lambda n, body, s: "[" + "0," * 3 + "0]" if is_detection(body) else said
+    def behave(number, body, server):
+        return "[0, 0, 0, 0]" if is_detection(body) else said
+
+    with ChatEndpoint(behave) as server:
         label(server.url)
     found = store.labels(0)[0]
     assert found.explanation == '<script>alert(1)</script> [red]x[/] "q"; DROP TABLE label'
