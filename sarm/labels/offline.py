@@ -121,7 +121,7 @@ def label_offline(
             known = store.feature(feature)
             records.add(
                 feature,
-                MARK + ", ".join([*named.terms, *traits(known)]),
+                MARK + " · ".join([*named.terms, *traits(known)]),
                 _explanation(named, known),
                 None,  # how consistent contexts are takes a reader
                 detection.accuracy,

@@ -91,7 +91,7 @@ def test_what_went_wrong_in_one_line(sarm):
         why = f"{server.url}: 401: no such key"
         assert last == f"sarm: stopped, finished labels are kept: {why}"
     with ChatEndpoint(lambda n, body, s: failure(500) if n == 0 else None) as server:
-        code, out, err = sarm(*small(server, "--yes", "--retries", 0))
+        code, out, err = sarm(*small(server, "--yes", "--retries", 0, "--concurrency", 1))
         assert (code, "1 left for another run" in out) == (1, True)
         assert err == f"feature 0: {server.url}: 500: no\n"
 
