@@ -25,6 +25,7 @@ import numpy as np
 
 from sarm.data import BadRecords, Record
 from sarm.errors import InputError
+from sarm.features.background import BackgroundResponse, keep, rank
 from sarm.features.best import EMPTY, BestOccurrences, uniform
 from sarm.features.identity import identity
 from sarm.features.rows import Response, digest, read_all, responses_of
@@ -225,7 +226,7 @@ class _Run:
         self._finish()
 
     def _block(self, block: list[Record], bad: BadRecords) -> None:
-        at, refused = self.records, bad.count
+        at, first, refused = self.records, self.rows, bad.count
         ready: list[tuple[Response, Encoded]] = []
         for record in block:
             try:
@@ -244,7 +245,18 @@ class _Run:
             contexts = self._add(ready, tails)
         with self.store.transaction() as db:
             db.executemany("INSERT OR REPLACE INTO context VALUES (?,?,?,?,?,?,?,?)", contexts)
+            keep(db, self._background(ready, tails, first))
             self._save(at)
+
+    def _background(
+        self, ready: list[tuple[Response, Encoded]], tails: list[Tail], first: int
+    ) -> Iterator[tuple[float, BackgroundResponse]]:
+        """A block's responses with their ranks in the sample, which starts at row `first`."""
+        for row, ((response, encoded), tail) in enumerate(zip(ready, tails, strict=True), first):
+            tokens = self.texts(encoded.ids[-self.options.window :])
+            active = frozenset(tail.idx[-1][tail.vals[-1] != 0].tolist())
+            found = BackgroundResponse(response.where, len(encoded.ids) - 1, tokens, active)
+            yield rank(row, self.options.seed), found
 
     def _turns(self, response: Response) -> Conversation:
         """A text alone may need an empty question before it: some chat templates want one."""

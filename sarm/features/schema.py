@@ -40,6 +40,13 @@ CREATE TABLE IF NOT EXISTS label (
     details TEXT NOT NULL DEFAULT '{}',
     PRIMARY KEY (feature, method)
 );
+CREATE TABLE IF NOT EXISTS background (
+    rank REAL PRIMARY KEY,
+    source TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    tokens TEXT NOT NULL,
+    active TEXT NOT NULL
+);
 CREATE TABLE IF NOT EXISTS progress (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 """
 
