@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sarm.errors import InputError
 from sarm.modeling import SarmForSequenceClassification
+from sarm.steering.heads import own_profile
+from sarm.steering.nonlinear import Nonlinear, effective
 from sarm.tokens import Encoded
 
 
@@ -28,7 +30,8 @@ class Explanation:
     """A reward as an exact sum: `bias + sum(c.value for c in contributions) + rest == reward`.
 
     contributions: the `top` largest by absolute value.  rest: the sum of the other `n_rest`
-    active features.  dropped: tokens cut from the left to fit max_length.
+    active features.  bias: 0, but for a steered model whose gate is open.  dropped: tokens
+    cut from the left to fit max_length.
     """
 
     reward: float
@@ -49,7 +52,11 @@ def explain_state(
     logits = model.from_states(state).logits
     assert logits is not None
     reward = logits[0, 0].item()
-    weights = model.score.weight[0, features]
+    weights, bias = model.score.weight[0, features], 0.0
+    if steering := own_profile(model):  # clamped activations, and weights that a gate changes
+        head = model.score.weight[0].detach()
+        program = Nonlinear.of(steering, head)
+        activations, weights, bias = effective(program, activations, features, head)
     if not math.isfinite(reward):
         raise InputError(f"conversation: the reward is {reward}")
     values = activations.double() * weights.double()
@@ -66,7 +73,7 @@ def explain_state(
     ]
     return Explanation(
         reward=reward,
-        bias=0.0,
+        bias=bias,
         contributions=listed,
         rest=values[order[top:]].sum().item(),
         n_rest=max(0, len(order) - top),
