@@ -16,6 +16,7 @@ for _command in (
     "score",
     "explain",
     "steer",
+    "audit",
     "serve",
     "demo",
 ):
