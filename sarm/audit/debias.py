@@ -29,7 +29,7 @@ from sarm.steering.profile import Change, SteeringProfile
 from sarm.training.head import assign_folds
 
 LEVELS = ("easy", "normal", "hard")
-HARD_WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
+HARD_WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.7, 1.0, 2.0)
 ABLATED = (1, 2, 5, 10, 20, 50, 100)
 
 
@@ -103,7 +103,7 @@ def trade(
     seen, unseen = (_by_level(one, heads) for one in (fit, held))
     points = []
     for i, (kind, strength, profile) in enumerate(profiles, start=1):
-        fitted = seen[i] if kind == "ablate" else out_of_fold[i - 1 - (len(profiles) - 8)]
+        fitted = seen[i] if kind == "ablate" else out_of_fold[i - 1 - (len(profiles) - len(out_of_fold))]
         points.append(Point(kind, strength, profile, fitted, unseen[i]))
     allowed = [
         p for p in points if all(p.fitted[n] >= seen[0][n] - max_drop for n in ("easy", "normal"))

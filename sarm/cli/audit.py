@@ -127,14 +127,11 @@ def debias(
     from sarm.audit.debias import trade
     from sarm.audit.report import TRADE_HEADINGS, trade_cells, write_trade
     from sarm.audit.style import style_scores, triple_twins
-    from sarm.evaluation.sources import read_suite
-    from sarm.steering.find import merged
+    from sarm.evaluation import benchmarks
+    from sarm.evaluation.sources import split_prompts
 
-    halves = [read_suite(rm_bench=[f"{s}#{half}/2" for s in rm_bench]) for half in (1, 2)]
-    loaded, sets = _latents(model, sum(halves, []), max_length, cache, dtype, quantization)
-    fit, held = (
-        merged(part, same_parts=True) for part in (sets[: len(rm_bench)], sets[len(rm_bench) :])
-    )
+    halves = split_prompts(benchmarks.rm_bench(*rm_bench), 2)
+    loaded, (fit, held) = _latents(model, halves, max_length, cache, dtype, quantization)
     scores = [style_scores(fit, twins, _head(loaded)) for twins in triple_twins(fit)]
     found = trade(
         fit,

@@ -45,6 +45,21 @@ def part_of(group: str, parts: int) -> int:
     return int.from_bytes(digest, "big") % parts + 1
 
 
+def split_prompts(benchmark: Benchmark, parts: int) -> list[Benchmark]:
+    """A benchmark in parts that share no prompt, as `#I/N` draws them.
+
+    Raises:
+        InputError: a part is left without items.
+    """
+    out = []
+    for part in range(1, parts + 1):
+        items = [item for item in benchmark.items if part_of(item.group, parts) == part]
+        if not items:
+            raise InputError(f"{benchmark.source}: too few prompts for {parts} parts")
+        out.append(replace(benchmark, name=f"{benchmark.name} ({part}/{parts})", items=items))
+    return out
+
+
 def _narrowed(read: Callable[..., Benchmark], source: str) -> Benchmark:
     path, mark, wish = source.rpartition("#")
     if not mark or Path(source).exists():

@@ -95,12 +95,12 @@ def domain_profile(
     return Found(profile, scores, notes, warning)
 
 
-def merged(sets: Sequence[LatentSet], same_parts: bool = False) -> LatentSet:
-    """Several sets as one; prompts of different sets stay different unless same_parts."""
+def merged(sets: Sequence[LatentSet]) -> LatentSet:
+    """Several sets as one; prompts of different sets stay different."""
     if len(sets) == 1:
         return sets[0]
     items = [
-        item if same_parts else replace(item, part=f"{s}:{item.part}")
+        replace(item, part=f"{s}:{item.part}")
         for s, one in enumerate(sets)
         for item in one.benchmark.items
     ]

@@ -108,7 +108,8 @@ def fit_gate(
 ) -> GateFit:
     """A gate for a domain, with the lowest threshold that keeps off-target sets within bounds.
 
-    The bounds are a little tighter than the 0.05 sd and 1 % that are to hold on other prompts. If no threshold keeps to them, the one that misses them least is returned.
+    The bounds are a little tighter than the 0.05 sd and 1 % that are to hold on other prompts.
+    If no threshold keeps to them, the one that misses them least is returned.
 
     Args:
         rewards: (N,) of each off-target set, as the model gives them.
