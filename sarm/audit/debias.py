@@ -103,7 +103,9 @@ def trade(
     seen, unseen = (_by_level(one, heads) for one in (fit, held))
     points = []
     for i, (kind, strength, profile) in enumerate(profiles, start=1):
-        fitted = seen[i] if kind == "ablate" else out_of_fold[i - 1 - (len(profiles) - len(out_of_fold))]
+        fitted = (
+            seen[i] if kind == "ablate" else out_of_fold[i - 1 - (len(profiles) - len(out_of_fold))]
+        )
         points.append(Point(kind, strength, profile, fitted, unseen[i]))
     allowed = [
         p for p in points if all(p.fitted[n] >= seen[0][n] - max_drop for n in ("easy", "normal"))

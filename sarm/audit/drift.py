@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from scipy.stats import norm
 
 from sarm.errors import InputError, first_line
@@ -100,8 +100,7 @@ class Reference:
             "sample.indptr": self.sample.indptr.astype(np.int64),
         }
         with replace_file(path, "wb") as file:
-            file.close()
-            save_file(tensors, file.name, {"features": self.features, "rows": str(self.rows)})
+            file.write(save(tensors, {"features": self.features, "rows": str(self.rows)}))
 
     @classmethod
     def load(cls, path: str | Path, features: str | None = None) -> Reference:

@@ -25,9 +25,9 @@ def add_markdown(answer: str) -> str:
 
 def remove_markdown(answer: str) -> str:
     """Headings, emphasis, list marks and rules taken out; code fences keep their content."""
-    answer = re.sub(r"^\s*```.*$\n?", "", answer, flags=re.MULTILINE)
+    answer = re.sub(r"^[ \t]*```.*\n?", "", answer, flags=re.MULTILINE)
     answer = re.sub(r"^#{1,6}\s+", "", answer, flags=re.MULTILINE)
-    answer = re.sub(r"^\s*(?:-{3,}|\*{3,}|_{3,})\s*$\n?", "", answer, flags=re.MULTILINE)
+    answer = re.sub(r"^[ \t]*(?:-{3,}|\*{3,}|_{3,})[ \t]*(?:\n|$)", "", answer, flags=re.MULTILINE)
     answer = re.sub(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1", r"\2", answer)
     answer = re.sub(r"(?<![\w*])\*(?=\S)([^*\n]+?)(?<=\S)\*(?![\w*])", r"\1", answer)
     return _ITEM.sub(r"\1", answer)

@@ -178,7 +178,7 @@ def test_hacking_is_flagged_and_its_feature_named(reference):
     batch = answers(7, 40)
     rows = batch.matrix.toarray()
     rows[:, 5] += 1.0  # a feature without much weight: drifts, is hardly rewarded
-    rows[:, 0] += 0.5  # this one is
+    rows[:, 0] += 1.0  # this one is
     found = measure_drift(reference, latent_set(rows, 1, 1).matrix, batch.groups)
     assert found.drifted
     assert found.suspicious
