@@ -134,7 +134,8 @@ def test_one_line_says_what_is_wrong(args, says, sarm, place):
 def test_audits(sarm, place, tmp_path):
     pairs = place / "pairs.jsonl"
     told = sarm("audit", "style", *common(place), "--rm-bench", place / "chat.json",
-                "--preferences", pairs, "--styles", "praise,length", "-o", tmp_path / "s.csv")  # fmt: skip
+                "--preferences", pairs, "--styles", "praise,length",
+                "-o", tmp_path / "s.csv")  # fmt: skip
     for name in ("length, RM-Bench", "markdown, RM-Bench", "praise, pairs, perturbed"):
         assert name in told
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 1 + 4 * 64
