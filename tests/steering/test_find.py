@@ -171,7 +171,7 @@ def test_shifts_by_hand(model, tmp_path):
     assert accuracy == {"before": 1.0, "half": 0.5, "gate": 1.0}
     write_steering_report(result, {"a": 1}, tmp_path / "r")
     text = (tmp_path / "r" / "steering.md").read_text("utf-8")
-    assert "| made (target) | half | 2 | -0.674 " in text
+    assert "| made (target) | half | 2 | -0.676 " in text
     assert "<svg" in (tmp_path / "r" / "steering.svg").read_text("utf-8")
     first = (tmp_path / "r" / "steering.svg").read_bytes()
     write_steering_report(result, {"a": 1}, tmp_path / "r")
