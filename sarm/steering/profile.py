@@ -103,7 +103,7 @@ def as_profile(profile: Profile | SteeringProfile, where: str, n_latents: int) -
     if not isinstance(profile, Mapping):
         got = type(profile).__name__
         raise InputError(f"{where}: expected a mapping of features to factors, got {got}")
-    changes = {}
+    changes: dict[int, Change] = {}
     for feature, factor in profile.items():
         try:
             index = operator.index(feature)  # numpy's integers too
