@@ -28,7 +28,8 @@ class SarmConfig(PreTrainedConfig):
     - skip: whether the SAE has a skip connection (it plays no part in a reward);
     - sae_dtype: "float32" etc. where the SAE's weights are not in the backbone's dtype, else None;
     - quantization: "int8" where the files hold the backbone in 8 bits (`sarm.quantization`), else
-      None.
+      None;
+    - steering: clamps and gate of a steered model (`sarm.steering.files`), else None.
 
     The published `sarm_param` section (arXiv 2508.08746) is read as well.
     """
@@ -53,6 +54,7 @@ class SarmConfig(PreTrainedConfig):
         section.setdefault("sae_dtype", None)
         section.setdefault("quantization", None)
         section.setdefault("skip", False)
+        section.setdefault("steering", None)
         for name in ("backbone_type", "source_layer", "n_latents", "k"):
             if name not in section:
                 raise InputError(f"config: sarm.{name} is missing")
@@ -74,6 +76,17 @@ class SarmConfig(PreTrainedConfig):
                 raise InputError(
                     f"config: sarm.{name} must be one of {allowed}, got {section[name]!r}"
                 )
+        if section["steering"] is not None:
+            self._check_steering()
+
+    def _check_steering(self) -> None:
+        from sarm.steering.files import profile_from_fields
+
+        where = "config: sarm.steering"
+        if self.sarm["activation"] == "none":
+            raise InputError(f'{where}: needs active latents, the activation is "none"')
+        profile = profile_from_fields(self.sarm["steering"], where)
+        profile.check_features(self.sarm["n_latents"], where)
 
     @classmethod
     def from_backbone(cls, backbone: PreTrainedConfig, **section) -> SarmConfig:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sarm.errors import InputError
 from sarm.modeling import SarmForSequenceClassification
+from sarm.steering.heads import own_profile
+from sarm.steering.nonlinear import Nonlinear, effective
 from sarm.tokens import Encoded
 
 
@@ -33,7 +35,8 @@ class Explanation:
     """A reward as an exact sum: `bias + sum(c.value for c in contributions) + rest == reward`.
 
     contributions: the `top` largest by absolute value.  rest: the sum of the other `n_rest`
-    active features.  dropped: tokens cut from the left to fit max_length.
+    active features.  bias: 0, but for a steered model whose gate is open.  dropped: tokens
+    cut from the left to fit max_length.
     """
 
     reward: float
@@ -82,9 +85,11 @@ def explain_states(
     else:  # without TopK every latent counts
         dense = model.sae.preactivations(states).cpu()
         active = zip(torch.arange(dense.shape[1]).expand_as(dense), dense, strict=True)
-    weight = model.score.weight[0].detach().cpu()
+    head = model.score.weight[0].detach().cpu()
+    steering = own_profile(model)
+    program = Nonlinear.of(steering, head) if steering else None
     return [
-        _explanation(reward, features, activations, weight, item, top)
+        _explanation(reward, features, activations, head, program, item, top)
         for reward, (features, activations), item in zip(rewards, active, encoded, strict=True)
     ]
 
@@ -93,20 +98,23 @@ def _explanation(
     reward: float,
     features: Tensor,
     activations: Tensor,
-    weight: Tensor,
+    head: Tensor,
+    program: Nonlinear | None,
     encoded: Encoded,
     top: int,
 ) -> Explanation:
     found = activations != 0  # zeros only fill a row up
     features, activations = features[found], activations[found]
-    weights = weight[features]
+    weights, bias = head[features], 0.0
+    if program is not None:  # clamped activations, and weights that a gate changes
+        activations, weights, bias = effective(program, activations, features, head)
     values = activations.double() * weights.double()
     order = values.abs().argsort(descending=True, stable=True)
     columns = (features, activations, weights, values)
     rows = zip(*(column[order[:top]].tolist() for column in columns), strict=True)
     return Explanation(
         reward=reward,
-        bias=0.0,
+        bias=bias,
         contributions=[Contribution(*row) for row in rows],
         rest=values[order[top:]].sum().item(),
         n_rest=max(0, len(order) - top),

@@ -37,6 +37,7 @@ from sarm.quantization import Int8Decoder
 from sarm.quantization.bnb import bnb_linears
 from sarm.quantization.loading import read_quantized
 from sarm.sae import SparseAutoencoder, new_sae
+from sarm.steering import Heads
 from sarm.weights import read_checked
 
 
@@ -349,7 +350,10 @@ class SarmForSequenceClassification(PreTrainedModel):
         """Rewards of scored-token states (B, d_model), the backbone's output."""
         if self.config.sarm["activation"] != "none":
             vals, idx = self.sae.encode(states)
-            rewards = ops.sparse_value(vals, idx, self.score.weight.float())
+            if self.config.sarm["steering"]:  # clamps or a gate: no head weight says them
+                rewards = Heads(self, self.score.weight).from_latents(vals, idx)
+            else:
+                rewards = ops.sparse_value(vals, idx, self.score.weight.float())
             active = {"latents": vals, "indices": idx}
         else:
             active = {}

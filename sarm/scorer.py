@@ -22,7 +22,9 @@ from sarm.modeling import SarmForSequenceClassification
 from sarm.packing import Budget, PrefixCache, iter_last_states
 from sarm.packing.budget import in_halves
 from sarm.report import Reports, ScoreReport
-from sarm.steering import Heads, Profile, profile_heads, steered
+from sarm.steering import Heads, Profile, SteeringProfile, as_profile
+from sarm.steering.files import profile_fields
+from sarm.steering.heads import combined, own_profile
 from sarm.tokens import Conversation, ConversationEncoder, Encoded, usable_length
 
 __all__ = ["Contribution", "Explanation", "SARMScorer", "ScoreReport"]
@@ -167,15 +169,16 @@ class SARMScorer:
         *,
         where: Callable[[int], str] = lambda i: f"conversation {i}",
         progress: Callable[[int, int], None] | None = None,
-        profiles: Sequence[Profile] | None = None,
+        profiles: Sequence[Profile | SteeringProfile] | None = None,
     ) -> Tensor:
         """(N,) fp32 rewards of chat-message lists, in order; `self.report` says what was cut.
 
         Args:
             where: names item i in an error message.
             progress: called with (done, total) after every batch.
-            profiles: P steering profiles {feature: factor}: the result is (N, P), from one pass
-                of the backbone and SAE; column p is what `steer(profiles[p]).score` gives.
+            profiles: P steering profiles, each {feature: factor} or a `SteeringProfile`: the
+                result is (N, P), from one pass of the backbone and SAE; column p is what
+                `steer(profiles[p]).score` gives.
         Raises:
             InputError: names the first conversation that is empty, malformed or refused by the
             chat template, or whose reward is not finite, or the profile that is wrong.
@@ -189,7 +192,7 @@ class SARMScorer:
         token_ids: Rows,
         *,
         progress: Callable[[int, int], None] | None = None,
-        profiles: Sequence[Profile] | None = None,
+        profiles: Sequence[Profile | SteeringProfile] | None = None,
     ) -> Tensor:
         """(N,) fp32 rewards of token sequences as they are: nothing is added or cut.
 
@@ -221,11 +224,11 @@ class SARMScorer:
         heads = Heads(self.model, self.model.score.weight)
         return self._score(self._rows(conversations, where), where, progress, heads)
 
-    def _heads(self, profiles: Sequence[Profile] | None) -> Heads:
+    def _heads(self, profiles: Sequence[Profile | SteeringProfile] | None) -> Heads:
         """The first head as it is, or under each profile."""
         if profiles is None:
             return Heads(self.model, self.model.score.weight[:1])
-        return Heads(self.model, profile_heads(self.model, profiles))
+        return Heads.of(self.model, profiles)
 
     def _rows(
         self, conversations: Sequence[Conversation], where: Callable[[int], str]
@@ -317,19 +320,28 @@ class SARMScorer:
         ((_, states),) = self._states([encoded.ids])
         return explain_state(self.model, states.to(self.model.device), encoded, top)
 
-    def steer(self, profile: Profile) -> SARMScorer:
-        """A new scorer whose head weight of each feature is multiplied; the rest is shared.
+    def steer(self, profile: Profile | SteeringProfile) -> SARMScorer:
+        """A new scorer whose reward a profile changes; all weights but the head's are shared.
 
         Args:
-            profile: {feature: factor}; 0 switches a feature off, 2 doubles it, -1 flips it.
+            profile: {feature: factor}; 0 switches a feature off, 2 doubles it, -1 flips it. Or a
+                `SteeringProfile`: multiply, add and ablate become head weights; clamps and a gate
+                go into the model's config, which `save_pretrained` writes.
         Raises:
-            InputError: a feature outside [0, n_latents) or a factor that is not finite.
+            InputError: a feature outside [0, n_latents) or a factor that is not finite; clamps or
+            a gate where the model has them already or is linear in all latents.
         """
-        weight = steered(self.model.score.weight, profile)
+        found = as_profile(profile, "steer", self.model.sae.n_latents)
+        rest = combined(self.model, own_profile(self.model), found, "steer")
+        weight = self.model.score.weight.detach()
         scorer = copy.copy(self)
         scorer.model = SarmForSequenceClassification.from_parts(
-            self.model.model, self.model.sae, weight, self.model.config.sarm["activation"]
+            self.model.model,
+            self.model.sae,
+            weight.clone() if found.when else found.head(weight),
+            self.model.config.sarm["activation"],
         )
+        scorer.model.config.sarm["steering"] = profile_fields(rest) if rest else None
         return scorer
 
     def without_prefix_cache(self) -> SARMScorer:

@@ -18,6 +18,7 @@ for _command in (
     "features",
     "label",
     "steer",
+    "audit",
     "serve",
     "demo",
 ):
