@@ -33,6 +33,7 @@ SUITES = {
     "llama8b": "llama8b",
     "serve": "serve",
     "train-rm": "train_rm",
+    "train-scaling": "train_scaling",
 }
 
 
