@@ -21,7 +21,7 @@ import charts
 import torch
 from measure import quantile, ratio
 from suite import BenchError, Options, Row
-from workload import K, LAYERS, N_LATENTS
+from workload import LAYERS, N_LATENTS, K
 
 CASES = {"data": 1, "latents": 0}  # shards; 0: as many as processes
 STATES, BATCH = 1024, 512
@@ -112,9 +112,7 @@ def worker(shards: int, folder: str, file: str) -> None:
 def plot(rows: list[Row], path: Path) -> None:
     """Tokens a second over processes, with the line of perfect scaling."""
     figure, (axis,) = charts.grid(1, 4.5)
-    speed = {
-        (row.case, int(row.name)): float(row.note.split()[0].replace(",", "")) for row in rows
-    }
+    speed = {(row.case, int(row.name)): float(row.note.split()[0].replace(",", "")) for row in rows}
     alone = next((value for (_, world), value in speed.items() if world == 1), None)
     for case in dict.fromkeys(row.case for row in rows):
         points = [(world, value) for (name, world), value in speed.items() if name == case]

@@ -17,7 +17,7 @@ import tiny_sarm  # noqa: E402
 # a server that has imported the package once: its children start in milliseconds
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["sarm.training.end_to_end", "sarm.training.sae"])
-LIMIT_S = 240
+LIMIT_S = 300
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,11 @@ def test_a_script_is_the_published_setting(script):
         assert (config.warmup, config.decay) == (0.05, 0.2)
         assert config.n_latents % options["shards"] == 0
     else:
-        assert (options["max_length"], options["weight_decay"], options["epochs"]) == (4096, 1e-3, 3)
+        assert (options["max_length"], options["weight_decay"], options["epochs"]) == (
+            4096,
+            1e-3,
+            3,
+        )
         config = PairTrainConfig(
             int(options["mode"]), batch_size=options["batch_size"], lr=options["lr"],
             micro_batch=options["micro_batch"], lora=options["lora"],
