@@ -69,10 +69,14 @@ def fill(target: Tensor, source: Tensor) -> None:
 
 
 def like(tensor: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor, sharded as `target` is."""
+    """A whole tensor, sharded as `target` is and in its memory order.
+
+    Fused Adam walks weights and moments side by side in memory, and never looks at strides: with
+    the decoder's moments in rows and its weights in columns it would train noise.
+    """
     if not isinstance(target, DTensor):
-        return tensor
-    local = tensor.to(target.device_mesh.device_type)
+        return torch.empty_like(target, dtype=tensor.dtype).copy_(tensor)
+    local = tensor.to(target.device_mesh.device_type).contiguous()
     return distribute_tensor(local, target.device_mesh, target.placements)
 
 
