@@ -10,7 +10,7 @@ from sarm.checkpoint import load_sae
 from sarm.training.sae import SaeTrainConfig
 
 CONFIG = SaeTrainConfig(
-    n_latents=64, k=4, activations="turn-end", chat=True, context=128, chunk_states=40,
+    n_latents=64, k=4, activations="turn-end", chat=True, context=128, chunk_states=24,
     passes=2, batch_size=15, dead_after=10, k_aux=8, multi_topk=True, seed=3,
 )  # fmt: skip
 # a step's gradients are sums in another order; Adam turns a last bit into up to 1e-7 of a weight
@@ -57,8 +57,8 @@ def test_many_processes_learn_what_one_does(
 ):
     config = replace(CONFIG, **settings)
     results = launch(train_sae, size, backbone_dir, tmp_path, config, shards, None, True)
-    assert all(result == results[0] or shards > 1 for result in results)
     losses, report = results[0]
+    assert all(theirs == losses for theirs, _ in results)  # to the bit
     check_equal(tmp_path, losses, report, alone(config))
 
 
