@@ -35,6 +35,7 @@ SUITES = {
     "train-rm": "train_rm",
     "train-sae": "train_sae",
     "features": "features",
+    "train-scaling": "train_scaling",
 }
 
 

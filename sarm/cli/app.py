@@ -33,8 +33,17 @@ def main() -> None:
         # safetensors and SQLite report a full disk with errors of their own
         if os.environ.get("SARM_DEBUG") == "1":
             raise
+        _tell_launcher(error)
         stderr.print(f"sarm: {_one_line(error)}", markup=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _tell_launcher(error: BaseException) -> None:
+    """Under torchrun: the error becomes part of its report of the process that failed first."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _one_line(error: BaseException) -> str:

@@ -96,6 +96,13 @@ def train_sae(
         str, typer.Option(help="Beside metrics.jsonl: tensorboard, wandb or none.")
     ] = "none",
     log_every: Annotated[int, typer.Option(help="Steps.")] = 10,
+    shards: Annotated[
+        int,
+        typer.Option(
+            help="Under torchrun: spread the latents over so many processes; the others of its "
+            "processes are data parallel."
+        ),
+    ] = 1,
     text_key: Annotated[str, typer.Option(help="Field of the rows that holds the text.")] = "text",
     cache: Cache = None,
     seed: int = 0,
@@ -108,9 +115,11 @@ def train_sae(
     from sarm.backbone import load_backbone, load_tokenizer
     from sarm.data import BadRecords, read_conversations, read_texts, usable_conversations
     from sarm.states import StateCache
+    from sarm.training.distributed.world import World, own_device
     from sarm.training.sae import SaeTrainConfig, SaeTrainer
 
     use_threads(threads)
+    own_device()
     backbone = backbone_path(backbone)
     model = load_backbone(backbone, layer, dtype=float_type(dtype), quantization=quantization)
     d_model = model.config.hidden_size
@@ -148,7 +157,11 @@ def train_sae(
         return usable_conversations(found, trainer.maker.encoder, bad) if skip_bad else found
 
     with contextlib.ExitStack() as stack:
-        states = stack.enter_context(StateCache(cache, model)) if cache else None
+        world = stack.enter_context(World.joined(shards))
+        states = None
+        if cache:
+            world.from_main(lambda: StateCache(cache, model).close())  # one process makes the file
+            states = stack.enter_context(StateCache(cache, model))
         trainer = SaeTrainer(
             model,
             load_tokenizer(backbone),
@@ -158,6 +171,7 @@ def train_sae(
             log=log,
             log_every=log_every,
             prefetch=prefetch,
+            world=world,
         )
         add = stack.enter_context(bars())
         collect, learn = add("backbone, states", None), add("SAE, steps", None)
@@ -174,6 +188,8 @@ def train_sae(
             on_states=collect.advance,
             on_step=on_step,
         )
+    if not world.main:
+        return
     alive = ""
     if report.alive_scored is not None:
         alive = f"   alive at scored tokens {100 * report.alive_scored:.1f} %"

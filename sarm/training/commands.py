@@ -22,6 +22,8 @@ from sarm.sae import TopKSAE
 from sarm.states import StateCache
 from sarm.tokens import ConversationEncoder, usable_length
 from sarm.training.collate import PairDataset
+from sarm.training.distributed.head import extract_together
+from sarm.training.distributed.world import naming_lost_ranks, own_device
 from sarm.training.end_to_end import save_pairs, train_pairs
 from sarm.training.reward import save_reward, train_reward, usable_pairs
 from sarm.training.sae import check_origin
@@ -63,7 +65,11 @@ def fit_command(
     smallest_within: float | None = None,
     cache: Path | None = None,
 ) -> BadRecords:
-    """`--mode head`: states cached, convex problem solved to its optimum."""
+    """`--mode head`: states cached, convex problem solved to its optimum.
+
+    Of several processes each runs its share of the conversations; rank 0 solves, the others end.
+    """
+    own_device()
     dictionary, bad = load_sae(job.sae), BadRecords(skip=job.skip_bad)
     pairs = job.pairs(job.preferences, bad)
     held = job.pairs(job.valid, bad) if job.valid else None
@@ -74,7 +80,10 @@ def fit_command(
     if job.skip_bad:
         pairs = usable_pairs(pairs, encoder, bad)
         held = usable_pairs(held, encoder, bad) if held else None
-    with StateCache(cache or job.out / "states.sqlite", model) as states, bars() as add:
+    path = cache or job.out / "states.sqlite"
+    if not extract_together([*pairs, *(held or [])], encoder, path, model):
+        return bad
+    with StateCache(path, model) as states, bars() as add:
         bar = add("backbone, tokens", None)
         fit = train_reward(
             model,
@@ -147,6 +156,7 @@ def train_command(
     learns = config.mode > 0 and config.lora is None
     dtype = torch.float32 if learns and job.dtype is None else job.dtype
 
+    own_device()
     dictionary, bad = _trainable(job.sae), BadRecords(skip=job.skip_bad)
     head = head_of(job.sae)
     pairs = job.pairs(job.preferences, bad)
@@ -168,7 +178,7 @@ def train_command(
 
     train = encoded(pairs)
     valid = encoded(held) if held else None
-    with bars() as add:
+    with bars() as add, naming_lost_ranks():
         bar = add("steps", None)
 
         def progress(step: int, of: int, logs: dict) -> None:
@@ -200,6 +210,8 @@ def train_command(
             "mode": config.mode,
         },
     )
+    if not fit.main:
+        return bad
     losses = [entry["loss"] for entry in fit.log if "loss" in entry]
     console.print(
         f"{job.out}: mode {mode}, {len(train)} pairs ({train.equal} equal left out, "

@@ -24,6 +24,8 @@ from sarm.sae import TopKSAE
 from sarm.states import fingerprint
 from sarm.training.adapters import add_lora, merge_lora
 from sarm.training.collate import PairDataset
+from sarm.training.distributed import fsdp
+from sarm.training.distributed.world import launched
 from sarm.training.modes import PairModel
 from sarm.training.reward import REPORT
 from sarm.training.runs import claim_run
@@ -34,10 +36,14 @@ WORK = ".progress"
 
 @dataclass(frozen=True)
 class PairFit:
-    """A trained SARM and what the Trainer logged."""
+    """A trained SARM and what the Trainer logged.
+
+    main: whether this process is rank 0, which saves. Of several under FSDP it alone has weights.
+    """
 
     model: SarmForSequenceClassification
     log: list[dict]
+    main: bool = True
 
     @property
     def held_out(self) -> dict[str, float] | None:
@@ -82,17 +88,16 @@ def train_pairs(
     sae = copy.deepcopy(sae).float().to(backbone.device)
     head = torch.zeros(1, sae.n_latents) if head is None else head
     work = Path(out) / WORK
-    claim_run(
-        work,
-        {
-            **asdict(config),
-            "backbone": fingerprint(backbone),
-            "sae": fingerprint(sae),
-            "head": digest([head.numpy()]),
-            "pairs": fingerprint_pairs(train),
-            "held-out pairs": valid and fingerprint_pairs(valid),
-        },
-    )
+    identity = {
+        **asdict(config),
+        "backbone": fingerprint(backbone),
+        "sae": fingerprint(sae),
+        "head": digest([head.numpy()]),
+        "pairs": fingerprint_pairs(train),
+        "held-out pairs": valid and fingerprint_pairs(valid),
+    }
+    if launched()[0] == 0:  # the others stop with it: rank 0 speaks for all
+        claim_run(work, identity)
     if config.lora is not None:
         torch.manual_seed(config.seed)
         add_lora(backbone, config.lora)
@@ -104,22 +109,36 @@ def train_pairs(
         centre=config.centre,
         kept_tokens=config.kept_tokens,
     )
+    # FSDP changes modules for good: what is to be saved is put together beside them
+    bare = fsdp.skeleton(sarm) if fsdp.asked_for() and launched()[1] > 1 else None
     with packed_attention(backbone), checkpointed(backbone, config.checkpointing):
         trainer = PairTrainer(model, config, work, train, valid, log=log, progress=progress)
         with quiet_transformers():
             entries = trainer.run()
+    main = trainer.args.process_index == 0
+    if bare is not None:
+        sarm = fsdp.restored(bare, model.sarm, main)
+        sarm.sae.lay_out_by_latent()
+        sae, backbone = sarm.sae, sarm.model  # type: ignore[assignment]  # a TopK SAE went in
+        if not main:
+            return PairFit(sarm, entries, main)
     if config.lora is not None:
         plain = all(p.is_floating_point() for p in backbone.parameters())
         if not plain and original is None:
             raise InputError("LoRA on an 8-bit backbone needs its original weights at the end")
         merged = merge_lora(backbone, None if plain or original is None else original())
         sarm = SarmForSequenceClassification.from_parts(merged, sae, sarm.score.weight)
-    return PairFit(sarm.eval().requires_grad_(True), entries)
+    return PairFit(sarm.eval().requires_grad_(True), entries, main)
 
 
 def save_pairs(fit: PairFit, tokenizer, out: str | Path, report: dict) -> None:
-    """Write SARM, tokenizer and `training.json` into `out`, all or none; drop the checkpoints."""
+    """Write SARM, tokenizer and `training.json` into `out`, all or none; drop the checkpoints.
+
+    Of several processes rank 0 does, the others return at once.
+    """
     out = Path(out)
+    if not fit.main:
+        return
     with replace_files(out) as staging:
         tokenizer.save_pretrained(staging)
         text = json.dumps({**report, "held_out": fit.held_out, "log": fit.log}, indent=2)

@@ -124,7 +124,7 @@ class StateStream:
         documents_done: int = 0,
         limit: int | None = None,
         progress: Callable[[int], None] = lambda states: None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk]:
         """Chunks of the documents after the first `documents_done`, `limit` states at most.
 
         The corpus is read once, from its beginning. `progress(states)` is called with the states
@@ -172,7 +172,7 @@ class StateStream:
                 check()
             if not have:
                 return
-            yield Chunk(*_joined(paths, have, left), documents, tokens)
+            yield Chunk(*self._joined(paths, have, left), documents, tokens)
             collected, start = collected + have, documents
 
     def _place(self, start: int) -> Path:
@@ -265,16 +265,14 @@ class StateStream:
             have += place["states"]
         return paths, documents, tokens, have
 
-
-def _joined(paths: list[Path], have: int, limit: int | None) -> tuple[Tensor, Tensor]:
-    """(states, kinds) of pieces, `limit` at most; one piece at a time lies beside them."""
-    states, kinds = torch.empty(0), torch.empty(have, dtype=torch.uint8)
-    at = 0
-    for path in paths:
-        piece = load_file(path)
-        if not at:
-            states = torch.empty(have, piece["states"].shape[1])
-        end = at + len(piece["kinds"])
-        states[at:end], kinds[at:end] = piece["states"], piece["kinds"]
-        at = end
-    return states[:limit], kinds[:limit]
+    def _joined(self, paths: list[Path], have: int, limit: int | None) -> tuple[Tensor, Tensor]:
+        """(states, kinds) of pieces, `limit` at most; one piece at a time lies beside them."""
+        states = torch.empty(have, self.backbone.config.hidden_size)
+        kinds = torch.empty(have, dtype=torch.uint8)
+        at = 0
+        for path in paths:
+            piece = load_file(path)
+            end = at + len(piece["kinds"])
+            states[at:end], kinds[at:end] = piece["states"], piece["kinds"]
+            at = end
+        return states[:limit], kinds[:limit]

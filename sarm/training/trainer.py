@@ -8,7 +8,6 @@ held-out set.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -30,9 +29,13 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from sarm.errors import InputError, first_line
-from sarm.training.collate import PairDataset, collate
+from sarm.training.collate import PairDataset
+from sarm.training.distributed import fsdp
+from sarm.training.distributed.pairs import FilledPairs, PairOrder, collate_filled, counted
+from sarm.training.distributed.world import launched, timeout_s
 from sarm.training.head import pair_accuracy
 from sarm.training.modes import RECONSTRUCTION, PairModel
 from sarm.training.runs import last_whole, mark_whole
@@ -113,7 +116,7 @@ class PairTrainConfig:
         Raises:
             InputError: the batch is no multiple of the micro-batch times the number of processes.
         """
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        _, processes = launched()
         micro = min(self.micro_batch, self.batch_size)
         if self.batch_size % (micro * processes):
             raise InputError(
@@ -149,6 +152,8 @@ class PairTrainConfig:
             restore_callback_states_from_checkpoint=True,
             label_names=["margins"],
             remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            ddp_timeout=timeout_s(),
             report_to=log,
             disable_tqdm=True,
         )
@@ -161,7 +166,12 @@ class PairTrainer(Trainer):
         folder: of checkpoints; tensorboard's logs lie beside it, in `logs`.
         log: "none", "tensorboard", "wandb", or another integration of the Trainer.
         progress: called with (step, of how many, what was logged last).
+
+    Launched with others (`torchrun`, `accelerate launch`), each process learns from its pairs of
+    every step; rank 0 writes. Checkpoints are the same for any number of processes.
     """
+
+    loss_is_scaled_for_ga = True  # by the pairs of a step, see compute_loss
 
     def __init__(
         self,
@@ -181,8 +191,8 @@ class PairTrainer(Trainer):
         super().__init__(
             model=model,
             args=config.arguments(folder, log, valid is not None),
-            data_collator=collate,
-            train_dataset=train,
+            data_collator=collate_filled,
+            train_dataset=FilledPairs(train),
             eval_dataset=valid,
             compute_metrics=judge,
             callbacks=[_Progress(progress)],
@@ -196,13 +206,17 @@ class PairTrainer(Trainer):
 
     def run(self) -> list[dict]:
         """Train, from the last whole checkpoint if there is one; returns the log's entries."""
-        found = last_whole(Path(str(self.args.output_dir)))
+        with self.args.main_process_first():  # it removes halves
+            found = last_whole(Path(str(self.args.output_dir)))
         self.train(resume_from_checkpoint=str(found) if found else None)
         return self.state.log_history
 
     def create_optimizer(self, model=None):
         """One group for each part of the SARM, without weight decay for its vectors."""
         if self.optimizer is None:
+            if self.is_fsdp_enabled:  # before it: the optimiser is to hold the shards
+                learner: Any = self.model
+                fsdp.shard(learner, self.accelerator.state.fsdp_plugin)
             config = self.config
             rates = {
                 "sarm.model.": config.lr,
@@ -210,7 +224,7 @@ class PairTrainer(Trainer):
                 "sarm.score.": config.lr_head or config.lr,
             }
             groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
-            learner: Any = self.model if model is None else model
+            learner = self.model if model is None else model
             for name, parameter in learner.named_parameters():
                 if parameter.requires_grad:
                     rate = next(r for part, r in rates.items() if part in name)
@@ -236,13 +250,35 @@ class PairTrainer(Trainer):
                 f"in the batch {', '.join(where)}{self._kept()}"
             )
         if model.training:
+            # DDP and FSDP average over processes; this makes of it a sum over the step's pairs
+            weight = counted(inputs) / num_items_in_batch * self.args.world_size
+            found["loss"] = found["loss"] * weight
             for part in PARTS:
                 if part in found:
-                    self._parts[part].append(found[part])
+                    self._parts[part].append(found[part] * weight)
         return (found["loss"], found) if return_outputs else found["loss"]
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, and how many pairs all processes have in it."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        mine = torch.tensor(sum(map(counted, batches)), device=device)
+        return batches, int(self.accelerator.reduce(mine, "sum"))
+
+    def _get_train_sampler(self, train_dataset=None):
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        block = self.args.per_device_train_batch_size * self.args.world_size
+        return PairOrder(
+            len(data), block, self.config.seed, lambda: int((self.state.epoch or 0) + 1e-6)
+        )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Trainer; FSDP works on the CPU too."""
+        super().create_accelerator_and_postprocess()
+        fsdp.enable_on_cpu(self.accelerator)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
     def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
+        norm = fsdp.whole(super()._clip_grad_norm(model))
         if norm is not None and not math.isfinite(norm):
             raise InputError(
                 f"train-rm: the gradient's norm is {float(norm)} at step "
@@ -261,29 +297,50 @@ class PairTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss's parts, averaged since the last entry."""
         if "loss" in logs:
-            logs |= {name: torch.stack(v).mean().item() for name, v in self._parts.items()}
+            sums = {name: torch.stack(v).sum() for name, v in self._parts.items()}
+            logs |= {n: self.accelerator.reduce(s, "mean").item() for n, s in sums.items()}
             self._parts.clear()
         super().log(logs, start_time)
 
     # ---- checkpoints: the parameters that learn ---------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the parameters that learn; all processes call this, rank 0 writes."""
         model = self.accelerator.unwrap_model(self.model)
-        names = [n for n, p in model.named_parameters() if p.requires_grad]
-        state = model.state_dict() if state_dict is None else state_dict
-        tensors = {n: state[n].detach().cpu().contiguous() for n in names}
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS)
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                tensor = fsdp.whole(parameter.detach())
+                if self.args.should_save:
+                    tensors[name] = tensor.cpu().contiguous()
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = fsdp.whole_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        optimizer, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        fsdp.load_optimizer_state(self.optimizer, optimizer)
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(schedule)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         state = model.state_dict()  # shares its memory with the parameters
-        with torch.no_grad():
-            for name, tensor in load_file(Path(resume_from_checkpoint) / WEIGHTS).items():
-                state[name].copy_(tensor)
+        for name, tensor in load_file(Path(resume_from_checkpoint) / WEIGHTS).items():
+            fsdp.fill(state[name], tensor)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

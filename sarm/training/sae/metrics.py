@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sarm.sae import TopKSAE
 from sarm.training.activations import POSITIONS
+from sarm.training.distributed.world import World
 
 
 class Moments:
@@ -36,6 +37,13 @@ class Moments:
         self.ratio += (squared / energy.clamp_min(1e-12)) @ mask
         self.total += mask.t() @ x
         self.active += (vals != 0).sum()
+
+    def over(self, world: World) -> Moments:
+        """The sums of all data ranks (active latents: of all shards too)."""
+        for name in ("count", "error", "ratio", "energy", "total", "active"):
+            setattr(self, name, world.sum_data(getattr(self, name)))
+        self.active = world.sum_latents(self.active)
+        return self
 
     def report(self) -> dict[str, float]:
         """fvu, normalized_mse, l0 of all states, and fvu/KIND of the kinds there were."""
@@ -74,9 +82,14 @@ class Firing:
         self.seen = self.seen_scored = 0
 
     @torch.no_grad()
-    def update(self, idx: Tensor, vals: Tensor, scored: Tensor, n_scored: int) -> None:
-        """A batch's active latents (N, k); scored (N,) bool holds n_scored times True."""
-        self.seen += len(idx)
+    def update(
+        self, idx: Tensor, vals: Tensor, scored: Tensor, n_scored: int, n: int | None = None
+    ) -> None:
+        """A batch's active latents (N, k); scored (N,) bool holds n_scored times True.
+
+        Of rows of a larger batch, n and n_scored are that one's.
+        """
+        self.seen += len(idx) if n is None else n
         self.last[idx[vals != 0]] = self.seen
         if n_scored:
             self.seen_scored += n_scored

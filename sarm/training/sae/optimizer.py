@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sarm.errors import InputError
 from sarm.sae import TopKSAE
+from sarm.training.distributed.world import World
 from sarm.training.sae.adam_bf16 import AdamBf16
 
 BETAS = (0.9, 0.999)
@@ -26,15 +27,27 @@ class SaeOptimizer:
         kind: "adam", "adam-bf16" or "adam-8bit".
         clip: greatest gradient norm, or None.
         seed: of the stochastic rounding of "adam-bf16".
+        world: whose shards hold the other latents.
+    Raises:
+        InputError: "adam-8bit" with shards: its blocks would depend on their number.
     """
 
-    def __init__(self, sae: TopKSAE, kind: str, clip: float | None, seed: int = 0) -> None:
-        self.sae, self.clip = sae, clip
+    def __init__(
+        self,
+        sae: TopKSAE,
+        kind: str,
+        clip: float | None,
+        seed: int = 0,
+        world: World | None = None,
+    ) -> None:
+        self.sae, self.clip, self.world = sae, clip, world or World()
+        if kind == "adam-8bit" and self.world.shards > 1:
+            raise InputError("train-sae: adam-8bit cannot be sharded; use adam or adam-bf16")
         self._rows = {  # parameters that share the SAE's memory
             name: nn.Parameter(_by_latent(name, p.detach())) for name, p in sae.named_parameters()
         }
         assert all(p.is_contiguous() for p in self._rows.values())
-        self.adam = _adam(kind, list(self._rows.values()), seed)
+        self.adam = _adam(kind, list(self._rows.values()), seed + self.world.shard)
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
@@ -51,7 +64,17 @@ class SaeOptimizer:
         assert rows.grad is not None
         rows.grad -= (rows.grad * rows).sum(1, keepdim=True) * rows
         limit = self.clip if self.clip is not None else float("inf")
-        return nn.utils.clip_grad_norm_(list(self._rows.values()), limit)
+        parameters = list(self._rows.values())
+        if self.world.shards == 1:
+            return nn.utils.clip_grad_norm_(parameters, limit)
+        common = self._rows["pre_bias"]
+        own = [p.grad for p in parameters if p is not common and p.grad is not None]
+        squares = self.world.sum_latents(nn.utils.get_total_norm(own).square())
+        if common.grad is not None:
+            squares = squares + common.grad.square().sum()
+        norm = squares.sqrt()
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -77,7 +100,8 @@ class SaeOptimizer:
             for key, tensor in state.items():
                 if torch.is_tensor(tensor) and tensor.shape == parameter.shape:
                     if key == "exp_avg_sq":
-                        tensor[latents] = tensor.float().mean(0).to(tensor.dtype)
+                        mean = self.world.sum_latents(tensor.float().mean(0)) / self.world.shards
+                        tensor[latents] = mean.to(tensor.dtype)
                     else:
                         tensor[latents] = _zero_of(state, key, tensor)
 

@@ -7,16 +7,18 @@ is never part of it; a resumed run learns the chunk in progress again, from the 
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sarm.checkpoint import read_metadata, replace_file, replace_files
 from sarm.errors import InputError
+from sarm.training.distributed.files import load_shards, save_sharded
+from sarm.training.distributed.sharded_sae import shard_dim
 
 if TYPE_CHECKING:
     from sarm.training.sae.trainer import SaeTrainer
@@ -42,21 +44,28 @@ def save(trainer: SaeTrainer) -> None:
         "optimizer": values,
         "last": trainer.final,
     }
+    metadata = {"record": json.dumps(record)}
+    if trainer.world.shards > 1:
+        with replace_files(trainer.work) if trainer.world.main else nullcontext() as staging:
+            path = (staging or trainer.work) / CHECKPOINT
+            save_sharded(path, tensors, shard_dim, metadata, trainer.world)
+        return
+    if not trainer.world.main:
+        return
     # clones: safetensors refuses tensors that share memory (8-bit states share their tables)
     plain = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
     with replace_files(trainer.work) as staging:
-        save_file(plain, staging / CHECKPOINT, {"record": json.dumps(record)})
+        save_file(plain, staging / CHECKPOINT, metadata)
 
 
 @torch.no_grad()
 def load(trainer: SaeTrainer) -> bool:
     """Take up a killed run's checkpoint, if there is one."""
     path = trainer.work / CHECKPOINT
-    if not path.is_file():
+    if not trainer.world.from_main(path.is_file):
         return False
     record: dict[str, Any] = json.loads(read_metadata(path)["record"])
-    with safe_open(path, framework="pt") as file:
-        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors = load_shards(path, shard_dim, trainer.world)
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

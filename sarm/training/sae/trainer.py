@@ -26,6 +26,10 @@ from sarm.sae import TopKSAE
 from sarm.states import StateCache, fingerprint
 from sarm.tokens import Conversation
 from sarm.training.activations import POSITIONS, SCORED, WindowMaker, mixture
+from sarm.training.distributed.extraction import stream_of
+from sarm.training.distributed.learner import NoLog, data_parallel
+from sarm.training.distributed.sharded_sae import narrowed, shard_of, unsharded
+from sarm.training.distributed.world import World
 from sarm.training.sae import progress
 from sarm.training.sae.average import Average
 from sarm.training.sae.config import SaeTrainConfig
@@ -35,7 +39,7 @@ from sarm.training.sae.metrics import Firing, Moments, geometric_median
 from sarm.training.sae.optimizer import SaeOptimizer
 from sarm.training.sae.origin import origin_of
 from sarm.training.sae.schedule import Schedule
-from sarm.training.stream import Chunk, Corpus, StateStream, survey
+from sarm.training.stream import Chunk, Corpus, survey
 
 MULTI = 4  # multi-TopK: the second loss is at 4 k,
 MULTI_WEIGHT = 1 / 8  # and weighs an eighth
@@ -76,6 +80,7 @@ class SaeTrainer:
         prefetch: collect the next chunk's states while the SAE learns from one: a second chunk in
             memory. None: on a GPU, where the two have streams of their own; on a CPU they would
             share the cores. It changes no bit of the result.
+        world: the processes that train together (`sarm.training.distributed`); None: this one.
     """
 
     def __init__(
@@ -89,20 +94,23 @@ class SaeTrainer:
         log: str = "none",
         log_every: int = 10,
         prefetch: bool | None = None,
+        world: World | None = None,
     ) -> None:
         if log_every < 1:
             raise InputError(f"train-sae: log_every must be at least 1, got {log_every}")
         self.config, self.out = config, Path(out)
+        self.world = World() if world is None else world
         self.backbone, self.device = backbone, backbone.device
         self.maker = WindowMaker(tokenizer, config.activations, config.context, config.chat)
         self.work = self.out / ".progress"
-        self.stream = StateStream(
+        self.stream = stream_of(
+            self.world,
             backbone,
             self.maker.end_id,
             self.work / "states",
             config.chunk_states,
-            cache=cache,
-            prefetch=self.device.type == "cuda" if prefetch is None else prefetch,
+            cache,
+            prefetch,
         )
         d_model = backbone.config.hidden_size
         self.k_aux = config.k_aux or min(max(1, d_model // 2), 512)
@@ -110,13 +118,18 @@ class SaeTrainer:
             torch.manual_seed(config.seed)
             # lives in standardised coordinates; drawn on the CPU: one seed, one SAE on any device
             sae = TopKSAE(d_model, config.n_latents, config.k, normalization="none")
-        self.sae = sae.to(self.device)
+        self.sae = shard_of(sae, self.world).to(self.device)
         self.mean, self.std = torch.zeros(d_model), torch.ones(d_model)
-        self.optimizer = SaeOptimizer(self.sae, config.optimizer, config.clip, config.seed)
+        self.optimizer = SaeOptimizer(
+            self.sae, config.optimizer, config.clip, config.seed, self.world
+        )
+        self.learner = data_parallel(self.sae, self._loss, self.world)
         self.average = Average(self.sae, config.ema)
-        self.firing = Firing(config.n_latents, self.device)
+        self.firing = Firing(len(self.sae.latent_bias), self.device)
         self.moments = Moments(d_model, self.device)
-        self.log, self.log_every = MetricsLog(self.out, log, asdict(config)), log_every
+        main = self.world.main
+        self.log = MetricsLog(self.out, log, asdict(config)) if main else NoLog()
+        self.log_every = log_every
         self.step = self.chunk = self.documents = self.states = self.tokens = 0
         self.seconds, self._started = 0.0, time.perf_counter()
         self.judged = 0  # the chunk that the report is about
@@ -155,7 +168,8 @@ class SaeTrainer:
         corpus = survey(windows(), self.config.max_states, self.config.chunk_states)
         if corpus.states < 2:
             raise InputError("train-sae: the corpus gives fewer than 2 states to learn from")
-        progress.claim(self.out, self.work, self._identity(corpus))
+        identity = self._identity(corpus)
+        self.world.from_main(lambda: progress.claim(self.out, self.work, identity))
         on_survey(corpus)
         self.plan(corpus)
         progress.load(self)
@@ -167,7 +181,9 @@ class SaeTrainer:
         finally:
             self.log.close()
         origin = {"source": origin_of(self.backbone), "training": asdict(self.config)}
-        save_sae(self.folded(), self.out, {**origin, **self.final})
+        whole = unsharded(self.average.sae)
+        if self.world.main:
+            save_sae(self.folded(whole), self.out, {**origin, **self.final})
         by_kind = {n[4:]: v for n, v in self.final.items() if n.startswith("fvu/")}
         return SaeReport(
             self.states,
@@ -224,8 +240,8 @@ class SaeTrainer:
         for epoch in range(self.config.passes):
             order = shuffle(len(chunk.states), self.config.seed, self.chunk, epoch)
             for i, rows in enumerate(order.split(self.config.batch_size)):
-                x = self._standardized(chunk.states[rows])
-                self._step(x, chunk.kinds[rows], chunk)
+                mine = rows[self.world.rows(len(rows))]
+                self._step(self._standardized(chunk.states[mine]), chunk, rows)
                 if self.step % self.log_every == 0 or self.step == self.schedule.total_steps:
                     done = epoch * len(chunk.states) + i * self.config.batch_size + len(rows)
                     self._log(chunk, done / len(chunk.states) / self.config.passes)
@@ -259,17 +275,17 @@ class SaeTrainer:
             else ""
         )
 
-    def _step(self, x: Tensor, kinds: Tensor, chunk: Chunk) -> None:
-        """One Adam step on standardised states."""
+    def _step(self, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
+        """One Adam step on `rows` of a chunk; x are those of this data rank, standardised."""
         if self.config.dead_latents == "resample" and self.schedule.resamples(self.step):
             self._resample(chunk)
         k = self.schedule.k(self.step)
-        loss, squared, latents = self._loss(x, k)
+        loss, squared, latents = self.learner(x, k, len(rows))
         lr = self.schedule.lr(self.step)
-        loss.backward()
+        (loss * self.world.data_ranks).backward()  # DDP averages, and this is a part of a sum
         norm = float(self.optimizer.gradient_norm())
         # looked at before the weights are touched: one wait for the GPU a step names the batch
-        value = float(loss.detach())
+        value = float(self.world.sum_data(loss.detach()))
         if not math.isfinite(value) or not math.isfinite(norm):
             what = f"loss is {value}" if not math.isfinite(value) else f"gradient's norm is {norm}"
             raise InputError(
@@ -279,28 +295,38 @@ class SaeTrainer:
         self.optimizer.step(lr)
         self.step += 1
         self.average.update(self.step)
-        scored = kinds == POSITIONS.index(SCORED)
-        n_scored = int(scored.sum())
-        self.firing.update(latents.idx, latents.vals, scored.to(self.device), n_scored)
-        self.moments.add(x, squared, kinds.to(self.device), latents.vals)
+        self._count(self.moments, self.firing, x, squared, latents, chunk, rows)
         self._shown |= {"loss": value, "learning_rate": lr, "grad_norm": norm, "k": k}
 
-    def _loss(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, SparseLatents]:
-        """(loss, each row's squared error, the k active latents) of a batch."""
+    def _count(self, moments: Moments, firing: Firing, x, squared, latents, chunk, rows) -> None:
+        """Take this data rank's share of a batch into the sums, and all of it into `firing`."""
+        is_scored = chunk.kinds[rows] == POSITIONS.index(SCORED)
+        mine = self.world.rows(len(rows))
+        scored, kinds = is_scored[mine].to(self.device), chunk.kinds[rows[mine]].to(self.device)
+        firing.update(latents.idx, latents.vals, scored, int(is_scored.sum()), len(rows))
+        firing.last = self.world.max_data(firing.last)
+        firing.last_scored = self.world.max_data(firing.last_scored)
+        moments.add(x, squared, kinds, latents.vals)
+
+    def _loss(self, x: Tensor, k: int, n: int) -> tuple[Tensor, Tensor, SparseLatents]:
+        """(loss, each row's squared error, the k active latents) of rows of a batch of n.
+
+        The loss is these rows' part of a sum over data ranks that is the batch's mean.
+        """
         sae = self.sae
         widest = min(MULTI * k, sae.n_latents) if self.config.multi_topk else k
         many = sae.encode_normalized(x, widest)
-        latents = SparseLatents(many.vals[:, :k], many.idx[:, :k])
+        latents = narrowed(many, k)
         energy = x.square().sum(1).clamp_min(1e-12)
         error = x - sae.decode(latents)
         squared = error.square().sum(1)
-        loss = (squared / energy).mean()
+        loss = (squared / energy).sum() / n
         if widest > k:
             more = (sae.decode(many) - x).square().sum(1)
-            loss = loss + MULTI_WEIGHT * (more / energy).mean()
+            loss = loss + MULTI_WEIGHT * (more / energy).sum() / n
         if self.config.dead_latents == "auxk":
             dead = self.firing.dead(self.schedule.dead_after)
-            aux = auxk_loss(sae, x, error.detach(), dead, self.k_aux)
+            aux = auxk_loss(sae, x, error.detach(), dead, self.k_aux, self.world)
             loss = loss + self.config.aux_weight * aux
         vals, idx = latents.vals.detach(), latents.idx
         return loss, squared.detach(), SparseLatents(vals, idx)
@@ -312,11 +338,12 @@ class SaeTrainer:
         some = torch.randperm(len(chunk.states), generator=generator)[:CANDIDATES]
         x = self._standardized(chunk.states[some])
         residual = x - self.sae.decode(self.sae.encode_normalized(x))
-        rows = resample(self.sae, dead, x, residual, generator)
+        rows = resample(self.sae, dead, x, residual, generator, self.world)
         self.optimizer.forget(rows)
         self.average.restart(rows)
         self.firing.last[rows] = self.firing.seen
-        self._shown["resampled"] = self._shown.get("resampled", 0) + len(rows)
+        count = int(self.world.sum_latents(torch.tensor(len(rows))))
+        self._shown["resampled"] = self._shown.get("resampled", 0) + count
 
     # ---- measuring -------------------------------------------------------------------------
 
@@ -325,15 +352,16 @@ class SaeTrainer:
         seconds = self.seconds + time.perf_counter() - self._started
         tokens = self.tokens + chunk.tokens * share
         left = self.schedule.total_steps - self.step
-        self._shown |= self.moments.report()
+        self._shown |= self.moments.over(self.world).report()
         self._shown |= {
             "epoch": self.step / self.schedule.total_steps,
             "num_input_tokens_seen": round(tokens),
-            "dead": float(self.firing.dead(self.schedule.dead_after).float().mean()),
+            "dead": self._share(self.firing.dead(self.schedule.dead_after)),
         }
         if self.firing.seen_scored:
             window = self.scored_states or self.firing.seen_scored
-            self._shown["alive_scored"] = self.firing.alive_scored(window)
+            alive = self.firing.alive_scored(window)
+            self._shown["alive_scored"] = self.world.mean_latents(alive)
         if seconds > 0:
             self._shown |= {
                 "tokens_per_second": tokens / seconds,
@@ -346,31 +374,39 @@ class SaeTrainer:
     def _judge(self, chunk: Chunk) -> dict[str, float]:
         """FVU, dead and alive latents over a chunk with the weights that are saved."""
         sae = self.average.sae
-        moments, firing = Moments(sae.d_model, self.device), Firing(sae.n_latents, self.device)
+        moments = Moments(sae.d_model, self.device)
+        firing = Firing(len(sae.latent_bias), self.device)
         for rows in torch.arange(len(chunk.states)).split(max(1024, self.config.batch_size)):
-            x, kinds = self._standardized(chunk.states[rows]), chunk.kinds[rows]
+            x = self._standardized(chunk.states[rows[self.world.rows(len(rows))]])
             latents = sae.encode_normalized(x)
             squared = (sae.decode(latents) - x).square().sum(1)
-            moments.add(x, squared, kinds.to(self.device), latents.vals)
-            scored = kinds == POSITIONS.index(SCORED)
-            firing.update(latents.idx, latents.vals, scored.to(self.device), int(scored.sum()))
-        found = moments.report()
-        found["dead"] = float((firing.last == 0).float().mean())
+            self._count(moments, firing, x, squared, latents, chunk, rows)
+        found = moments.over(self.world).report()
+        found["dead"] = self._share(firing.last == 0)
+        alive = None
         if firing.seen_scored:
-            found["alive_scored"] = firing.alive_scored(firing.seen_scored)
+            alive = firing.alive_scored(firing.seen_scored)
         elif self.firing.seen_scored:  # the conversations were in earlier chunks
-            found["alive_scored"] = self.firing.alive_scored(self.scored_states)
+            alive = self.firing.alive_scored(self.scored_states)
+        if alive is not None:
+            found["alive_scored"] = self.world.mean_latents(alive)
         return found
+
+    def _share(self, latents: Tensor) -> float:
+        """The share of all latents that are True in a shard's (n_local,) bool."""
+        return self.world.mean_latents(float(latents.float().mean()))
 
     # ---- saving ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def folded(self) -> TopKSAE:
+    def folded(self, whole: TopKSAE | None = None) -> TopKSAE:
         """The SAE in published coordinates: standardisation folded into its parameters, exactly.
+
+        whole: the averaged SAE where its latents are spread over processes.
 
         z = W ((x - m) / s - b) + c = (W / s) (x - (m + s b)) + c;  x' = (s D) z + (m + s b).
         """
-        inner, mean, std = self.average.sae, self.mean.double(), self.std.double()
+        inner, mean, std = whole or self.average.sae, self.mean.double(), self.std.double()
         sae = TopKSAE(inner.d_model, inner.n_latents, inner.k, normalization="token")
         sae.encoder.weight.copy_(inner.encoder.weight.cpu().double() / std)
         sae.decoder.weight.copy_(inner.decoder.weight.cpu().double() * std[:, None])
