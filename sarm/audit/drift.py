@@ -126,8 +126,8 @@ class Reference:
             raise InputError(f"{path}: not a drift reference ({first_line(error)})") from error
         if features not in (None, of):
             raise InputError(f"{path}: of another model (features {of}, this one has {features})")
-        names = ("mean", "variance")
-        return cls(of, rows, *(found[n] for n in names), sample, found["prompts"], found["weight"])
+        mean, variance = found["mean"], found["variance"]
+        return cls(of, rows, mean, variance, sample, found["prompts"], found["weight"])
 
 
 @dataclass(frozen=True)

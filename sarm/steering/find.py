@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ def domain_profile(
         InputError: no feature is stable, or the target's rewards are all equal.
     """
     scores = contrast(target.matrix, target.chosen, target.groups, top=min(top, target.n_latents))
-    about = {"name": name, "model": features_fingerprint(model)}
+    about: dict[str, Any] = {"name": name, "model": features_fingerprint(model)}
     if method == "contrast":
         chosen = scores.stable(stability)[:top]
         if not len(chosen):

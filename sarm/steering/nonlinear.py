@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def steered_rewards(
     All heads, open heads and gates are rows of one `ops.sparse_value`; a clamp costs one more.
     """
     gated = [p for p, program in enumerate(programs) if program and program.gate is not None]
-    extra = [row for p in gated for row in (programs[p].head, programs[p].gate)]  # type: ignore[union-attr]
+    extra: list[Any] = [row for p in gated for row in _open_and_gate(programs[p])]
     heads = torch.cat([weight, torch.stack(extra)]) if extra else weight
     sums = ops.sparse_value(vals, idx, heads)
     rewards = sums[:, : len(weight)].clone() if extra else sums
@@ -100,6 +101,11 @@ def effective(
         lost = (both * (activations == 0)).sum().item()  # clamped to zero, but counted by the gate
         constant += lost
     return activations, weights, constant
+
+
+def _open_and_gate(program: Any) -> tuple[Tensor, Tensor]:
+    """Rows of weights of a program with a gate: the head when it is open, and the gate."""
+    return program.head, program.gate
 
 
 def _spread(values: Mapping[int, float], like: Tensor, other: float) -> Tensor:
