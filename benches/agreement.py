@@ -5,7 +5,8 @@ error, and the mean of Spearman's rank correlations of PROBES random linear scor
 speaks of the backbone alone. Its reward: Spearman's correlation with fp32's; TopK and head add to
 that what they make of a state that is a little different. The benchmark's own accuracy (RM-Bench:
 mean of easy, normal and hard; preferences: pairs) and its difference from fp32's in points. bf16
-means backbone and SAE; in 8 bits the SAE keeps its dtype.
+means backbone and SAE; on a CPU without bf16 instructions a backbone of fp32 sums, rounded after
+every step (rounded.py); in 8 bits the SAE keeps its dtype.
 
 And how much a state depends on its batch: the largest relative difference of ALONE states, alone
 and in the packing.
@@ -26,7 +27,7 @@ import torch
 from scipy.stats import spearmanr
 from suite import BenchError, Missing, Options, Row
 from torch import Tensor
-from workload import benchmarks, in_dtype, in_int8, make_scorer
+from workload import benchmarks, in_bf16, in_int8, make_scorer
 
 from sarm import SARMScorer
 from sarm.evaluation.metrics import Benchmark, accuracies
@@ -46,7 +47,7 @@ def run(options: Options) -> list[Row]:
     scorer = make_scorer(options.device, torch.float32, options.model)
     scorers: dict[str, SARMScorer | Missing] = {EXACT: scorer}
     for name, make in (
-        (HALF, lambda: in_dtype(scorer, torch.bfloat16)),
+        (HALF, lambda: in_bf16(scorer)),
         (INT8, lambda: in_int8(scorer)),
     ):
         if options.wants(CASE, name):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from rounded import rounded
 from suite import BenchError, Missing, Options
 
 from sarm import SarmForSequenceClassification, SARMScorer, TopKSAE, load_backbone
@@ -53,6 +54,17 @@ def in_dtype(scorer: SARMScorer, dtype: torch.dtype) -> SARMScorer:
     if scorer.model.model.dtype == dtype:
         return scorer
     return with_model(scorer, copy.deepcopy(scorer.model).to(dtype))
+
+
+def in_bf16(scorer: SARMScorer) -> SARMScorer:
+    """bf16, by rounding where the CPU would emulate it; the SAE in fp32 then."""
+    model = scorer.model
+    if model.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
+        return in_dtype(scorer, torch.bfloat16)
+    parts = (model.sae, model.score.weight, model.config.sarm["activation"])
+    return with_model(
+        scorer, SarmForSequenceClassification.from_parts(rounded(model.model), *parts)
+    )
 
 
 def in_int8(scorer: SARMScorer) -> SARMScorer | Missing:

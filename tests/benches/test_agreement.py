@@ -1,5 +1,6 @@
 """What precision costs: measures that know right from wrong, and a run on a tiny model."""
 
+import copy
 import json
 
 import agreement
@@ -7,10 +8,13 @@ import pytest
 import run
 import torch
 import workload
+from rounded import rounded
 from suite import Missing, Options
 
+import sarm
 from sarm.evaluation import rules
 from sarm.evaluation.metrics import Benchmark, Item, Measure
+from sarm.packing import last_states
 
 
 def test_measures():
@@ -78,3 +82,15 @@ def test_data_folder(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run.main(["--suite", "agreement", "--device", "cpu", "--items", "-1"])
     assert "--items must be >= 0, got -1" in capsys.readouterr().err
+
+
+def test_rounded_fp32_is_as_far_off_as_bf16(backbone_dir):
+    plain = sarm.load_backbone(backbone_dir(), device="cpu", dtype=torch.float32)
+    rows = [torch.randint(300, (n,)).tolist() for n in range(5, 40)]
+    exact = last_states(plain, rows)
+    errors = [
+        agreement.relative_error(last_states(model, rows), exact)
+        for model in (rounded(plain), copy.deepcopy(plain).bfloat16())
+    ]
+    assert 0.5 < errors[0] / errors[1] < 1.5
+    assert torch.equal(last_states(plain, rows), exact)  # the original is left alone
