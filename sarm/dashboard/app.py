@@ -54,6 +54,9 @@ HEADERS = {
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    def answer(self, views: Views) -> dict[str, Any]:
+        raise NotImplementedError
+
 
 class ScoreBody(_Body):
     """Responses to one prompt."""
@@ -111,7 +114,7 @@ class SaveBody(_Body):
         return views.save(self.profile, self.overwrite)
 
 
-POSTS: dict[str, type] = {
+POSTS: dict[str, type[_Body]] = {
     "/api/score": ScoreBody,
     "/api/trace": TraceBody,
     "/api/shift": ShiftBody,
@@ -170,7 +173,7 @@ class Dashboard:
     async def _feature(self, request: Request) -> Response:
         return await self._answer(request, self.views.feature, _whole(request.path_params, "id", 0))
 
-    def _post(self, path: str, body: type):
+    def _post(self, path: str, body: type[_Body]):
         async def endpoint(request: Request) -> Response:
             limits.authorise(request, self._token)
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -13,6 +13,7 @@ import numpy as np
 
 from sarm.data import read_records
 from sarm.errors import InputError
+from sarm.evaluation.benchmarks import REWARD_BENCH_2
 from sarm.evaluation.metrics import Benchmark, accuracies
 from sarm.evaluation.profiles import LatentSet
 from sarm.evaluation.sources import read_suite
@@ -38,7 +39,9 @@ def read_set(source: str) -> Benchmark:
         raise InputError(f"{path}: no items")
     answers = [first.fields.get(side) for side in ("chosen", "rejected")]
     if all(isinstance(a, list) and a and isinstance(a[0], str) for a in answers):
-        kind = "reward_bench_2" if "subset" in first.fields else "rm_bench"
+        subset = str(first.fields.get("subset")).lower()  # RM-Bench has the field too
+        known = subset in map(str.lower, REWARD_BENCH_2)
+        kind = "reward_bench_2" if known else "rm_bench"
     else:
         kind = "preferences"
     return read_suite(**{kind: [source]})[0]

@@ -165,6 +165,7 @@ class Views:
         if self.store is None:
             return {
                 "id": id,
+                "label": None,
                 "weight": weight,
                 "facts": [("head weight", f"{weight:+.6f}")],
                 "labels": [],
@@ -178,6 +179,7 @@ class Views:
         ]
         return {
             "id": id,
+            "label": self.names().get(id),
             "weight": weight,
             "facts": facts(found),
             "labels": [asdict(one) for one in self.store.labels(id)],

@@ -323,5 +323,6 @@ class _Observe:
 
 
 def plain_500(message: str) -> JSONResponse:
+    """A bug as one line of JSON."""
     message = message.encode("utf-8", "backslashreplace").decode()
     return JSONResponse({"error": {"message": message, "code": 500}}, 500)

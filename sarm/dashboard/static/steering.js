@@ -65,7 +65,7 @@ async function addByNumber(event) {
   const text = $("feature-number").value.trim();
   try {
     const found = await get(`/api/features/${encodeURIComponent(text)}`);
-    profile.add(found.id, found.labels[0]?.label ?? null, found.weight);
+    profile.add(found.id, found.label, found.weight);
     $("feature-number").value = "";
   } catch (error) {
     tell($("shift-status"), error.message, true);
