@@ -94,7 +94,7 @@ function detail(found, label) {
       `Steer feature ${found.id}`),
     found.labels.map((one) => h("p", {}, `${one.label} (${one.method}) ${one.explanation ?? ""}`)),
     h("div", { class: "scroll" }, table("", ["", "value"], found.facts)),
-    contexts.length ? h("h4", {}, "Contexts") : null,
+    contexts.length ? h("h3", {}, "Contexts") : null,
     h("ul", { class: "plain" }, contexts));
 }
 
