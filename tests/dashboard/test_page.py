@@ -6,6 +6,7 @@ depend on the fonts, the version of Chromium and the CPU's rounding of colours.
 
 import io
 import itertools
+import json
 import re
 import shutil
 import threading
@@ -14,8 +15,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import torch
 
 from sarm.dashboard.app import Dashboard
+from sarm.features import FeatureStore
 from sarm.integrations.process import Server, listen
 from sarm.steering import read_profile
 
@@ -385,3 +388,46 @@ def test_the_first_view_takes_under_a_second(opened):
     seconds = time.perf_counter() - start
     print(f"first view, server start included: {seconds:.2f} s")
     assert seconds < 1
+
+
+@pytest.mark.slow
+def test_5000_features_are_searched_without_lag(opened, views, tmp_path):
+    """From a key to the new list, with 5,000 features of 20 contexts and a label each."""
+    views.store, views._weights = crowd(tmp_path / "crowd.db", views.store), torch.zeros(5000)
+    page = opened()
+    playwright.expect(page.locator("#search-status")).to_have_text("1 to 50 of 5000 features")
+    for query, found in (("basil", 5000), ("number 4999", 1), ("b", 5000)):
+        start = time.perf_counter()
+        with page.expect_response(lambda r, q=query: f"q={q.replace(' ', '+')}&" in r.url):
+            page.fill("#query", query)
+        last = min(50, found)
+        playwright.expect(page.locator("#search-status")).to_have_text(
+            f"1 to {last} of {found} features"
+        )
+        page.wait_for_function(
+            "n => document.querySelectorAll('#list > li').length === n", arg=last
+        )
+        seconds = time.perf_counter() - start
+        print(f"{query!r}: {1000 * seconds:.0f} ms, the 80 ms until typing has ended included")
+        assert seconds < 1
+        page.fill("#query", "")
+        playwright.expect(page.locator("#search-status")).to_have_text("1 to 50 of 5000 features")
+
+
+def crowd(path, store):
+    """A database of 5,000 features, all like the first of `store`."""
+    many = FeatureStore(path, "rw")
+    (numbers,) = store.rows("SELECT * FROM feature ORDER BY id LIMIT 1")
+    many.set_meta(**store.meta)
+    marks = ",".join("?" * len(numbers))
+    with many.transaction() as db:
+        rows = [(i, 1, *numbers[2:]) for i in range(5000)]
+        db.executemany(f"INSERT INTO feature VALUES ({marks})", rows)
+        for i in range(5000 * 20):
+            text = [" water", " basil", f" of {i % 97}"]
+            row = (i, i // 20, "top", 1.0, 3, json.dumps(text), "[0, 0, 1]", "made up")
+            db.execute("INSERT INTO context VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+            db.execute("INSERT INTO context_words (rowid, text) VALUES (?, ?)", (i, "".join(text)))
+        for i in range(5000):
+            many.add_label(i, "test", f"number {i}")
+    return many
