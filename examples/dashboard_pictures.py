@@ -35,9 +35,9 @@ def main(url: str, folder: Path) -> None:
         )
         save(laptop, folder / "dashboard.png")
         laptop.fill("#query", "cannot help")
-        laptop.wait_for_function("document.querySelector('#list .excerpt')")
+        laptop.wait_for_selector("#list .excerpt")
         laptop.locator("#list button.item").first.click()
-        laptop.wait_for_selector(".detail .tokens span")
+        laptop.wait_for_selector(".detail .tokens")
         laptop.locator("#features").evaluate(
             "e => e.scrollIntoView({block: 'start', behavior: 'instant'})"
         )
@@ -69,9 +69,10 @@ def score(page) -> None:
 
 
 def steer(page) -> None:
-    """The feature that decided, turned around."""
+    """The feature with the largest contribution, turned around."""
     before = page.inner_text("#shift-status")
-    page.locator("article[aria-label='Comparison'] .name").first.click()
+    page.fill("#feature-number", page.locator("#list .title").first.inner_text().split(":")[0])
+    page.keyboard.press("Enter")
     page.locator("#sliders input").first.fill("-2")
     page.wait_for_function(
         "t => document.querySelector('#shift-status').innerText !== t", arg=before

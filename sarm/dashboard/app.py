@@ -8,6 +8,7 @@ and a POST must declare JSON, which no form can.
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Callable, Iterable
 from importlib import resources
@@ -175,15 +176,23 @@ class Dashboard:
 
     def _post(self, path: str, body: type[_Body]):
         async def endpoint(request: Request) -> Response:
-            limits.authorise(request, self._token)
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                raise HttpError(415, f"content-type: expected application/json, got {kind!r}")
-            found = limits.parse(await limits.read_body(request, MAX_BODY), body)
+            try:
+                found = await self._body(request, body)
+            except HttpError:
+                with contextlib.suppress(Disconnected):
+                    await limits.discard_body(request)  # or the client finds a reset, no answer
+                raise
             with self._scoring.enter(path in SCORING):
                 return await self._answer(request, found.answer, self.views)
 
         return endpoint
+
+    async def _body(self, request: Request, body: type[_Body]) -> _Body:
+        limits.authorise(request, self._token)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise HttpError(415, f"content-type: expected application/json, got {kind!r}")
+        return limits.parse(await limits.read_body(request, MAX_BODY), body)
 
     async def _answer(self, request: Request, call: Callable[..., dict], *args) -> Response:
         limits.authorise(request, self._token)
