@@ -20,6 +20,7 @@ for _command in (
     "steer",
     "audit",
     "serve",
+    "dashboard",
     "demo",
 ):
     import_module(f"sarm.cli.{_command}")

@@ -154,6 +154,18 @@ def read_latents(
     """
     model = load_model(folder, dtype=dtype, quantization=quantization)
     encoder = ConversationEncoder(load_tokenizer(folder), usable_length(model.config, max_length))
+    return model, latent_sets(model, encoder, suite, cache=cache, progress=progress)
+
+
+def latent_sets(
+    model: SarmForSequenceClassification,
+    encoder: ConversationEncoder,
+    suite: Sequence[Benchmark],
+    *,
+    cache: str | Path | None = None,
+    progress: Callable[[int, int], None] = lambda tokens, of: None,
+) -> list[LatentSet]:
+    """The latents of several benchmarks under a loaded model; errors as in `read_latents`."""
     sets = []
     with tempfile.TemporaryDirectory() as scratch:
         file = cache or Path(scratch) / "states.sqlite"
@@ -162,4 +174,4 @@ def read_latents(
             for benchmark, (states, cut) in zip(suite, found, strict=True):
                 latents = latents_of(model, states)
                 sets.append(LatentSet(benchmark, latents, model.sae.n_latents, tuple(cut)))
-    return model, sets
+    return sets

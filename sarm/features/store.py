@@ -259,6 +259,7 @@ class FeatureStore:
         limit: int | None = None,
         alive: bool = True,
         offset: int = 0,
+        among: Sequence[int] | None = None,
     ) -> list[Feature]:
         """Features, the largest first (by absolute value where values have a sign).
 
@@ -267,16 +268,23 @@ class FeatureStore:
             limit: at most so many; None: all.
             alive: only those active in some response.
             offset: leave out the first so many.
+            among: only these; None: all.
         """
         if order not in ORDERS:
             raise InputError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-        alive_only = "WHERE rows > 0" if alive else ""
+        where = "rows > 0" if alive else "TRUE"
+        if among is not None:  # one variable, however many: SQLite bounds their number
+            where += " AND id IN (SELECT value FROM json_each(:among))"
         return [
             _feature(row)
             for row in self.rows(
-                f"SELECT {NUMBERS} FROM feature {alive_only} ORDER BY {ORDERS[order]} "
-                "LIMIT ? OFFSET ?",
-                (-1 if limit is None else limit, offset),
+                f"SELECT {NUMBERS} FROM feature WHERE {where} ORDER BY {ORDERS[order]} "
+                "LIMIT :limit OFFSET :offset",
+                {
+                    "limit": -1 if limit is None else limit,
+                    "offset": offset,
+                    "among": json.dumps(among),
+                },
             )
         ]
 

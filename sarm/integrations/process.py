@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 from sarm.errors import InputError
 
@@ -17,9 +18,20 @@ try:
     import uvicorn
 except ImportError as error:
     raise InputError(f"sarm serve needs pip install 'sarm[serve]' ({error})") from error
-from sarm.integrations.server import Service
 
 BACKLOG = 2048
+
+
+class Served(Protocol):
+    """What is run here: an ASGI application, and what is told of it at its end."""
+
+    app: Any
+    name: str
+    timeout_s: float
+    on_failure: Callable[[], None]
+    failure: Exception | None
+    accepted: int
+    answered: int
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -54,7 +66,7 @@ def token_from(name: str | None) -> str | None:
 class Server(uvicorn.Server):
     """Stops on SIGTERM and SIGINT: no new connections, every accepted request is answered."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Served) -> None:
         config = uvicorn.Config(
             service.app,
             log_level="warning",
@@ -62,7 +74,7 @@ class Server(uvicorn.Server):
             lifespan="on",
             backlog=BACKLOG,
             # requests end by themselves at their deadline; this is for clients that never read
-            timeout_graceful_shutdown=int(service.config.timeout_s) + 5,
+            timeout_graceful_shutdown=int(service.timeout_s) + 5,
         )
         super().__init__(config)
         service.on_failure = self.stop
@@ -79,7 +91,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(service: Service, sock: socket.socket, announce: Callable[[str], None]) -> None:
+def serve(service: Served, sock: socket.socket, announce: Callable[[str], None]) -> None:
     """Run until a signal; raises what made loading fail."""
     server = Server(service)
     with _stopped_by_signals(server):

@@ -95,6 +95,7 @@ class Service:
     ) -> None:
         self.name = name
         self.config = config or ServeConfig()
+        self.timeout_s = self.config.timeout_s
         self.failure: Exception | None = None
         self.accepted = self.answered = 0
         self.on_failure = on_failure
@@ -173,8 +174,8 @@ class Service:
             ("/v1/models", self._models),
         ):
             app.add_api_route(path, call, methods=["GET"], name=path.split("/")[-1])
-        app.add_exception_handler(HttpError, _refuse)
-        app.add_exception_handler(HTTPException, _refuse)  # unknown path, wrong method
+        app.add_exception_handler(HttpError, refuse)
+        app.add_exception_handler(HTTPException, refuse)  # unknown path, wrong method
         return app
 
     async def _health(self) -> JSONResponse:
@@ -269,7 +270,7 @@ class Service:
         return body.answer(contracts.Scored(rewards, lengths, dropped), self.name)
 
 
-async def _refuse(request: Request, error: Exception) -> JSONResponse:
+async def refuse(request: Request, error: Exception) -> JSONResponse:
     """An error as OpenAI's and vLLM's clients read it."""
     if isinstance(error, HTTPException):
         status, message, headers = error.status_code, str(error.detail), error.headers
@@ -313,7 +314,7 @@ class _Observe:
             if status is not None:
                 raise
             message = f"{type(error).__name__}: {first_line(error)}"
-            await _plain_500(message)(scope, receive, watched)
+            await plain_500(message)(scope, receive, watched)
         finally:
             self._service.answered += status is not None
             path = scope["path"]
@@ -321,6 +322,7 @@ class _Observe:
             self._service.metrics.request(route, status or 499, time.perf_counter() - start)
 
 
-def _plain_500(message: str) -> JSONResponse:
+def plain_500(message: str) -> JSONResponse:
+    """A bug as one line of JSON."""
     message = message.encode("utf-8", "backslashreplace").decode()
     return JSONResponse({"error": {"message": message, "code": 500}}, 500)

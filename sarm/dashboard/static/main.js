@@ -1,0 +1,17 @@
+// Where the page begins: what there is, then its three parts.
+
+import { $, tell } from "./dom.js";
+import { get } from "./api.js";
+import * as features from "./features.js";
+import * as responses from "./responses.js";
+import * as steering from "./steering.js";
+
+try {
+  const about = await get("/api/about");
+  $("model").textContent =
+    `${about.model}, ${about.n_latents} features` + (about.rows ? `, seen on ${about.rows} responses` : "");
+  for (const part of [responses, steering, features]) part.start(about);
+  document.documentElement.dataset.ready = "true";
+} catch (error) {
+  tell($("score-status"), error.message, true);
+}
