@@ -32,7 +32,7 @@ ARGS += [f"--disable-{what}" for what in ("background-networking", "component-up
 PWNED = "pwned"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright's event loop occupies this thread until it ends
 def browser():
     with playwright.sync_playwright() as driver:
         names = ("chromium", "chromium-browser", "google-chrome")
