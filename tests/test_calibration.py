@@ -7,8 +7,7 @@ from sarm import SARMScorer, load_backbone, load_tokenizer, ops
 from sarm.calibration import CONVERSATIONS, ONE_PASS, calibrate, rows_for
 from sarm.packing import last_states
 from sarm.quantization import Int8DecoderLayer, quantize_backbone
-from sarm.quantization.fine import add_remainder, silu_by_rows
-from sarm.quantization.layer import within
+from sarm.quantization.fine import fine_linear, silu_by_rows
 
 INT8 = {"quantization": "int8", "device": "cpu", "dtype": torch.float32}
 
@@ -98,34 +97,18 @@ def test_a_padded_forward_does_the_same(folder):
     assert error(padded[None], last_states(decoder, [ids])) > 1e-3
 
 
-def test_the_remainder_makes_16_bits():
+def test_two_halves_make_16_bits():
     torch.manual_seed(0)
-    weight, x = torch.randn(40, 64), torch.randn(9, 64)
+    weight, x = ops.quantize_rows(torch.randn(40, 64)), torch.randn(9, 64)
+    exact = x.double() @ (weight.q.double() * weight.scale.double()[:, None]).T
 
-    class Linear:
-        q = ops.quantize_rows(weight)
+    def linear(rows):
+        return ops.int8_linear(*rows, *weight)
 
-        def __call__(self, rows, residual, dtype, columns, *, with_bias):
-            assert not with_bias
-            w, scale = self.q.q[columns], self.q.scale[columns]
-            return ops.int8_linear(*rows, w, scale, None, residual, out_dtype=dtype)
-
-    linear, rows, fine = Linear(), ops.quantize_rows(x), torch.tensor([1, 4, 8])
-    columns = slice(10, 40)
-    exact = x.double() @ (linear.q.q.double() * linear.q.scale.double()[:, None])[columns].T
-    plain = linear(rows, None, torch.float32, columns, with_bias=False)
-    out = plain.clone()
-    add_remainder(out, linear, x[fine], rows, fine, columns)
-    others = torch.tensor([0, 2, 3, 5, 6, 7])
-    assert torch.equal(out[others], plain[others])
-    assert error(plain[fine], exact[fine]) > 100 * error(out[fine], exact[fine])
-
-
-def test_rows_within():
-    rows = torch.tensor([0, 3, 4, 9])
-    assert within(rows, 3, 9).tolist() == [0, 1]
-    assert within(rows, 5, 9) is None
-    assert within(None, 0, 5) is None
+    ours = fine_linear(linear, x)
+    assert error(linear(ops.quantize_rows(x)), exact) > 100 * error(ours, exact)
+    alone = torch.cat([fine_linear(linear, row[None]) for row in x])
+    assert torch.equal(ours, alone)
 
 
 def test_silu_does_not_look_at_other_rows():
@@ -162,7 +145,7 @@ def test_biases_are_added_once(backbone_dir, tokenizer):
     assert isinstance(layer, Int8DecoderLayer)
     layer.qkv.bias.fill_(10.0)
     x = torch.randn(3, 32)
-    ours = layer.attention_inputs(x, torch.tensor([1]))
+    ours = layer.attention_inputs(x, fine=True)
     for a, b in zip(ours, layer.attention_inputs(x), strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.1)
 

@@ -36,9 +36,9 @@ class Blocks(Protocol):
     def __len__(self) -> int: ...
 
     def fine_rows(self, ids: Tensor) -> Tensor | None:
-        """Of (T,) ids on the host the rows that the layers treat with more precision, if any.
+        """Of (T,) ids on the host the ascending rows that deserve more precision, if any.
 
-        They are handed back as `fine`, counted from the first row of `hidden`.
+        The engine runs them a second time by themselves, `fine`, and keeps what that gives.
         """
         ...
 
@@ -50,21 +50,21 @@ class Blocks(Protocol):
         """(T,) -> cos and sin (T, D / 2), contiguous."""
         ...
 
-    def keys_and_values(self, i: int, hidden: Tensor, fine: Tensor | None) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, i: int, hidden: Tensor, fine: bool) -> tuple[Tensor, Tensor]:
         """(T, G, D) each, before positions."""
         ...
 
     def queries_keys_values(
-        self, i: int, hidden: Tensor, fine: Tensor | None
+        self, i: int, hidden: Tensor, fine: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(T, H, D) and twice (T, G, D), before positions."""
         ...
 
-    def queries(self, i: int, hidden: Tensor, fine: Tensor | None) -> Tensor:
+    def queries(self, i: int, hidden: Tensor, fine: bool) -> Tensor:
         """(T, H, D), before positions."""
         ...
 
-    def finish(self, i: int, hidden: Tensor, mixed: Tensor, fine: Tensor | None) -> None:
+    def finish(self, i: int, hidden: Tensor, mixed: Tensor, fine: bool) -> None:
         """What follows attention, in place: output projection, MLP and the residual sums."""
         ...
 
@@ -115,23 +115,23 @@ class _FloatBlocks:
         half = self.head_dim // 2  # the tables repeat their first half
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
-    def keys_and_values(self, i: int, hidden: Tensor, fine: Tensor | None) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, i: int, hidden: Tensor, fine: bool) -> tuple[Tensor, Tensor]:
         x = self._layers[i].input_layernorm(hidden)
         return self._heads(i, "k", x), self._heads(i, "v", x)
 
     def queries_keys_values(
-        self, i: int, hidden: Tensor, fine: Tensor | None
+        self, i: int, hidden: Tensor, fine: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = self._layers[i].input_layernorm(hidden)
         return self._heads(i, "q", x), self._heads(i, "k", x), self._heads(i, "v", x)
 
-    def queries(self, i: int, hidden: Tensor, fine: Tensor | None) -> Tensor:
+    def queries(self, i: int, hidden: Tensor, fine: bool) -> Tensor:
         return self._heads(i, "q", self._layers[i].input_layernorm(hidden))
 
     def _heads(self, i: int, name: str, x: Tensor) -> Tensor:
         return heads(self._layers[i].self_attn, name, x)
 
-    def finish(self, i: int, hidden: Tensor, mixed: Tensor, fine: Tensor | None) -> None:
+    def finish(self, i: int, hidden: Tensor, mixed: Tensor, fine: bool) -> None:
         layer = self._layers[i]
         update = layer.self_attn.o_proj(mixed)
         if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma-2
@@ -178,20 +178,24 @@ class _Int8Blocks:
     def rope(self, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         return self._decoder.rope(positions)
 
-    def keys_and_values(self, i: int, hidden: Tensor, fine: Tensor | None) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, i: int, hidden: Tensor, fine: bool) -> tuple[Tensor, Tensor]:
         return self._layers[i].keys_and_values(hidden, fine)
 
     def queries_keys_values(
-        self, i: int, hidden: Tensor, fine: Tensor | None
+        self, i: int, hidden: Tensor, fine: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         return self._layers[i].attention_inputs(hidden, fine)
 
-    def queries(self, i: int, hidden: Tensor, fine: Tensor | None) -> Tensor:
+    def queries(self, i: int, hidden: Tensor, fine: bool) -> Tensor:
         return self._layers[i].queries(hidden, fine)
 
-    def finish(self, i: int, hidden: Tensor, mixed: Tensor, fine: Tensor | None) -> None:
+    def finish(self, i: int, hidden: Tensor, mixed: Tensor, fine: bool) -> None:
         layer = self._layers[i]
-        layer.mlp(layer.attention_output(hidden, mixed, fine), hidden, fine)
+        x = layer.attention_output(hidden, mixed)
+        if fine:
+            hidden.copy_(layer.fine_mlp(x))
+        else:
+            layer.mlp(x, out=hidden)
 
     def restore(self, hidden: Tensor, ids: Tensor) -> Tensor:
         return self._decoder.restore(hidden, ids)

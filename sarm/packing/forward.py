@@ -10,7 +10,7 @@ projection and MLP run for the scored tokens only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ from sarm.packing.prefix_cache import KeyValue, Past, Wish
 #: Tokens that go through a layer's linears together on a CPU: what lies between two GEMMs stays in
 #: the cache, and a GEMM of this height runs at full speed.
 CHUNK = 1024
-
-Part = tuple[slice, Tensor | None]  # tokens, and which of them the blocks treat with more precision
 
 
 class PackedDecoder:
@@ -55,18 +53,18 @@ class PackedDecoder:
         saves = [(stored, [layout.own(p)]) for p, stored in fresh.items()]
         saves += [(stored, layout.ranges(p, w.start, w.end)) for p, w, stored in wishes]
         hidden = blocks.embed(layout.ids.to(self.device))
-        parts = self._parts(layout.ids)
+        fine = self._fine_rows(layout.ids)
         rope = blocks.rope(layout.positions.to(self.device), hidden)
         for i in range(len(blocks)):
             last = i == len(blocks) - 1
-            q, k, v = self._inputs(i, hidden, rope, layout, parts, queries=not last)
+            q, k, v = self._inputs(i, hidden, rope, layout, fine, queries=not last)
             for stored, ranges in saves:
                 stored.append((copied(k, ranges), copied(v, ranges)))
             if last:
                 scored = layout.scored.to(self.device)
                 hidden = hidden[scored]
-                parts = self._parts(layout.ids[layout.scored])
-                q = self._queries(i, hidden, (rope[0][scored], rope[1][scored]), parts)
+                fine = self._fine_rows(layout.ids[layout.scored])
+                q = self._queries(i, hidden, (rope[0][scored], rope[1][scored]), fine)
             mixed = attention(
                 q,
                 k,
@@ -76,23 +74,21 @@ class PackedDecoder:
                 window=blocks.windows[i],
                 softcap=blocks.softcap,
             ).flatten(1)
-            for part, fine in parts:
-                blocks.finish(i, hidden[part], mixed[part], fine)
+            some = None if fine is None else hidden[fine]
+            for part in chunks(hidden):
+                blocks.finish(i, hidden[part], mixed[part], fine=False)
+            if fine is not None and some is not None:
+                blocks.finish(i, some, mixed[fine], fine=True)
+                hidden[fine] = some
         states = blocks.restore(hidden, layout.ids[layout.scored])
         self._kept = {p: stored for p, stored in self._kept.items() if p in ahead} | fresh
         for _, wish, stored in wishes:
             wish.fulfil(stored)
         return layout.ending, states
 
-    def _parts(self, ids: Tensor) -> list[Part]:
-        """Tokens (T,) on the host as they go through a layer's linears; a GPU takes them all."""
-        size = CHUNK if self.device.type == "cpu" else max(1, len(ids))
-        parts = []
-        for start in range(0, len(ids), size):
-            part = slice(start, min(start + size, len(ids)))
-            fine = self.blocks.fine_rows(ids[part])
-            parts.append((part, None if fine is None else fine.to(self.device)))
-        return parts
+    def _fine_rows(self, ids: Tensor) -> Tensor | None:
+        rows = self.blocks.fine_rows(ids)
+        return None if rows is None else rows.to(self.device)
 
     def _inputs(
         self,
@@ -100,7 +96,7 @@ class PackedDecoder:
         hidden: Tensor,
         rope,
         layout: Layout,
-        parts: list[Part],
+        fine: Tensor | None,
         *,
         queries: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,21 +106,32 @@ class PackedDecoder:
         k, v = (self._empty(past + len(hidden), blocks.key_heads) for _ in range(2))
         for rows, stored, part in layout.stored:
             k[rows], v[rows] = (t[part] for t in stored[i])
-        for part, fine in parts:
+        for part in chunks(hidden):
             if queries:
-                q_part, k_part, v_part = blocks.queries_keys_values(i, hidden[part], fine)
+                q_part, k_part, v_part = blocks.queries_keys_values(i, hidden[part], fine=False)
                 rotate(q_part, rope, part, out=q[part])
             else:
-                k_part, v_part = blocks.keys_and_values(i, hidden[part], fine)
+                k_part, v_part = blocks.keys_and_values(i, hidden[part], fine=False)
             rotate(k_part, rope, part, out=k[past:][part])
             v[past:][part] = v_part
+        if fine is not None:
+            own = (rope[0][fine], rope[1][fine])
+            if queries:
+                some, k_some, v_some = blocks.queries_keys_values(i, hidden[fine], fine=True)
+                q[fine] = rotated(some, own)
+            else:
+                k_some, v_some = blocks.keys_and_values(i, hidden[fine], fine=True)
+            k[past + fine], v[past + fine] = rotated(k_some, own), v_some
         return q, k, v
 
-    def _queries(self, i: int, hidden: Tensor, rope, parts: list[Part]) -> Tensor:
+    def _queries(self, i: int, hidden: Tensor, rope, fine: Tensor | None) -> Tensor:
         """(rows, H, D)."""
         q = self._empty(len(hidden), self.blocks.query_heads)
-        for part, fine in parts:
-            rotate(self.blocks.queries(i, hidden[part], fine), rope, part, out=q[part])
+        for part in chunks(hidden):
+            rotate(self.blocks.queries(i, hidden[part], fine=False), rope, part, out=q[part])
+        if fine is not None:
+            some = self.blocks.queries(i, hidden[fine], fine=True)
+            q[fine] = rotated(some, (rope[0][fine], rope[1][fine]))
         return q
 
     def _empty(self, rows: int, heads: int) -> Tensor:
@@ -199,6 +206,20 @@ class Layout:
 def copied(t: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     """Rows of t, in memory of their own."""
     return torch.cat([t[first : first + count] for first, count in ranges])
+
+
+def chunks(hidden: Tensor) -> Iterator[slice]:
+    """Slices of the rows; a GPU takes them all at once."""
+    size = CHUNK if hidden.device.type == "cpu" else max(1, len(hidden))
+    for start in range(0, len(hidden), size):
+        yield slice(start, min(start + size, len(hidden)))
+
+
+def rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """`rotate` of all rows, in memory of its own."""
+    out = torch.empty_like(x)
+    rotate(x, rope, slice(None), out=out)
+    return out
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor], part: slice, *, out: Tensor) -> None:

@@ -1,10 +1,9 @@
-"""16 bits for the activations of a few rows: what 8 bits left of them, in 8 bits more.
+"""A linear whose activations have 16 bits: 8, and 8 more for what those left.
 
-A row is x = s q + left with q int8; `left` is quantised the same way, and the linear's two integer
-sums are added. That costs one small product for the rows in question and nothing for the others.
-The scored token is one of hundreds, and its own activations make half of the noise in its state
-(SmolLM2 cut at 15, constant part taken off: 0.0167 of the normalised state, with this 0.0110; bf16
-0.012).
+A row is x = s q + left with q int8; `left` is quantised the same way, both halves are rows of one
+integer product, and the two results are added. The scored token is one of hundreds, and its own
+activations make half of the noise in its state (SmolLM2 cut at 15, constant part taken off: 0.0167
+of the normalised state, with this 0.0110; bf16 0.010), so it pays to run such rows a second time.
 """
 
 from __future__ import annotations
@@ -18,26 +17,13 @@ from torch.nn.functional import silu
 from sarm import ops
 
 
-def add_remainder(
-    out: Tensor,
-    linear: Callable[..., Tensor],
-    exact: Tensor,
-    rows: ops.QuantizedRows,
-    fine: Tensor,
-    columns: slice = slice(None),
-) -> None:
-    """out[fine] += linear(exact - rows[fine]), in place and without the bias.
-
-    Args:
-        out: (T, outputs), the linear of the 8-bit rows.
-        linear: an Int8Linear.   columns: those of its outputs that `out` has.
-        exact: (n, in) fp32, the fine rows before they were quantised.
-        rows: (T, in) in 8 bits.   fine: (n,) int64, ascending.
-    """
-    left = exact - rows.q[fine] * rows.scale[fine, None]
-    out[fine] = linear(
-        ops.quantize_rows(left), out[fine].float(), out.dtype, columns, with_bias=False
-    )
+def fine_linear(linear: Callable[[ops.QuantizedRows], Tensor], x: Tensor) -> Tensor:
+    """The (n, out) fp32 product of rows x (n, in) fp32 in 16 bits; `linear` adds no bias."""
+    first = ops.quantize_rows(x)
+    rest = ops.quantize_rows(x - first.q * first.scale[:, None])
+    both = ops.QuantizedRows(torch.cat([first.q, rest.q]), torch.cat([first.scale, rest.scale]))
+    high, low = linear(both).chunk(2)
+    return high + low
 
 
 def silu_by_rows(x: Tensor) -> Tensor:

@@ -166,14 +166,18 @@ class Int8Decoder(nn.Module):
         visible = windows(self.config)
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Int8DecoderLayer)
-            q, k, v = (
-                part.view(b, t, -1, self.shape.head_dim).transpose(1, 2)
-                for part in layer.attention_inputs(x, fine)
-            )
+            inputs = layer.attention_inputs(x)
+            if fine is not None:
+                for part, some in zip(inputs, layer.attention_inputs(x[fine], True), strict=True):
+                    part[fine] = some
+            q, k, v = (part.view(b, t, -1, self.shape.head_dim).transpose(1, 2) for part in inputs)
             q, k = apply_rotary_pos_emb(q.float(), k.float(), cos, sin)
             attended = self._attend(q.to(v.dtype), k.to(v.dtype), v, visible[index])
-            x = layer.attention_output(x, attended.transpose(1, 2).reshape(b * t, -1), fine)
-            x = layer.mlp(x, fine=fine)
+            x = layer.attention_output(x, attended.transpose(1, 2).reshape(b * t, -1))
+            precise = None if fine is None else layer.fine_mlp(x[fine])
+            x = layer.mlp(x)
+            if precise is not None:
+                x[fine] = precise
         return BaseModelOutputWithPast(last_hidden_state=self.restore(x, ids).view(b, t, -1))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

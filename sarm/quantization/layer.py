@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from sarm import ops
 from sarm.errors import InputError
-from sarm.quantization.fine import add_remainder, silu_by_rows
+from sarm.quantization.fine import fine_linear, silu_by_rows
 from sarm.quantization.rotation import (
     READERS,
     WRITERS,
@@ -104,19 +104,24 @@ class Int8Linear(nn.Module):
         residual: Tensor | None = None,
         out_dtype: torch.dtype = torch.float32,
         columns: slice = slice(None),
-        *,
-        with_bias: bool = True,
     ) -> Tensor:
         """(N, out): rows @ weight.T + bias + residual, or some of its columns."""
-        bias = None if self.bias is None or not with_bias else self.bias[columns]
+        bias = None if self.bias is None else self.bias[columns]
         weight, scale = self.weight[columns], self.scale[columns]
         return ops.int8_linear(*rows, weight, scale, bias, residual, out_dtype=out_dtype)
+
+    def fine(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
+        """(N, out) fp32 of x (N, in) fp32, its activations in 16 bits."""
+        weight, scale = self.weight[columns], self.scale[columns]
+        out = fine_linear(lambda rows: ops.int8_linear(*rows, weight, scale), x)
+        return out if self.bias is None else out + self.bias[columns]
 
 
 class Int8DecoderLayer(nn.Module):
     """One layer on plain token matrices (T, d); attention itself is the caller's.
 
-    `fine`, where a method takes it: rows (n,) int64, ascending, whose activations get 16 bits.
+    `fine`, where a method takes it: the activations get 16 bits, for a few rows; of those before
+    o_proj 8 are enough.
 
     Buffers: `qkv` (q's rows, then k's, then v's), `o`, `gate_up` (gate's rows, then up's), `down`,
     each an Int8Linear; `q_norm`, `k_norm` (head_dim,) fp32 for Qwen3; `input_norm`, `mlp_norm`
@@ -207,9 +212,7 @@ class Int8DecoderLayer(nn.Module):
             unknown = ", ".join(sorted(unused))
             raise InputError(f'quantization "int8": unknown tensors in a layer: {unknown}')
 
-    def attention_inputs(
-        self, x: Tensor, fine: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def attention_inputs(self, x: Tensor, fine: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Residual stream (T, d) -> q (T, heads, head_dim), k, v (T, kv_heads, head_dim).
 
         Normalised where the model does that per head, not yet rotated by position.
@@ -219,11 +222,11 @@ class Int8DecoderLayer(nn.Module):
         q, k, v = qkv.split([s.heads, s.kv_heads, s.kv_heads], dim=1)
         return self._normed(q, self.q_norm), self._normed(k, self.k_norm), v.to(self.dtype)
 
-    def queries(self, x: Tensor, fine: Tensor | None = None) -> Tensor:
+    def queries(self, x: Tensor, fine: bool = False) -> Tensor:
         """The q of `attention_inputs` alone; the same bits."""
         return self._normed(self._project(x, slice(0, self._q_rows), fine), self.q_norm)
 
-    def keys_and_values(self, x: Tensor, fine: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, x: Tensor, fine: bool = False) -> tuple[Tensor, Tensor]:
         """The k and v of `attention_inputs` alone; the same bits."""
         k, v = self._project(x, slice(self._q_rows, None), fine).chunk(2, dim=1)
         return self._normed(k, self.k_norm), v.to(self.dtype)
@@ -232,14 +235,14 @@ class Int8DecoderLayer(nn.Module):
     def _q_rows(self) -> int:
         return self.shape.heads * self.shape.head_dim
 
-    def _project(self, x: Tensor, columns: slice, fine: Tensor | None) -> Tensor:
+    def _project(self, x: Tensor, columns: slice, fine: bool) -> Tensor:
         """(T, some of q's, k's and v's heads, head_dim)."""
-        rows = ops.rmsnorm_quantize(x, self.input_norm, self.shape.eps)
-        dtype = self.dtype if self.q_norm is None else torch.float32
-        out = self.qkv(rows, None, dtype, columns)
-        if fine is not None:
-            exact = rms_norm(x[fine], self.input_norm, self.shape.eps)
-            add_remainder(out, self.qkv, exact, rows, fine, columns)
+        if fine:
+            out = self.qkv.fine(rms_norm(x, self.input_norm, self.shape.eps), columns)
+        else:
+            rows = ops.rmsnorm_quantize(x, self.input_norm, self.shape.eps)
+            dtype = self.dtype if self.q_norm is None else torch.float32
+            out = self.qkv(rows, None, dtype, columns)
         return out.view(len(x), -1, self.shape.head_dim)
 
     def _normed(self, heads: Tensor, weight: Tensor | None) -> Tensor:
@@ -247,53 +250,35 @@ class Int8DecoderLayer(nn.Module):
             heads = rms_norm(heads, weight, self.shape.eps)
         return heads.to(self.dtype)
 
-    def attention_output(self, x: Tensor, attended: Tensor, fine: Tensor | None = None) -> Tensor:
+    def attention_output(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual stream x (T, d) plus o_proj of attended (T, heads * head_dim)."""
-        rows = ops.quantize_rows(attended)
-        out = self.o(rows, residual=x)
-        if fine is not None:
-            add_remainder(out, self.o, attended[fine].float(), rows, fine)
-        return out
+        return self.o(ops.quantize_rows(attended), residual=x)
 
-    def mlp(self, x: Tensor, out: Tensor | None = None, fine: Tensor | None = None) -> Tensor:
+    def fine_mlp(self, x: Tensor) -> Tensor:
+        """As `mlp`, with activations of 16 bits."""
+        gate, up = self.gate_up.fine(rms_norm(x, self.mlp_norm, self.shape.eps)).chunk(2, dim=1)
+        return self.down.fine(hadamard(silu_by_rows(gate) * up, self.parts)) + x
+
+    def mlp(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Residual stream x (T, d) plus the MLP of it, in `out` (T, d) if that is given."""
         step = max(1, len(x))
         if x.device.type == "cpu":
             step = max(_MLP_ROWS, _GATE_UP_ELEMENTS // self.gate_up.weight.shape[0])
         if len(x) <= step and out is None:
-            return self._mlp(x, fine)
+            return self._mlp(x)
         out = torch.empty_like(x) if out is None else out
-        for first in range(0, len(x), step):
-            part = slice(first, first + step)
-            out[part] = self._mlp(x[part], within(fine, first, first + step))
+        for rows, part in zip(out.split(step), x.split(step), strict=True):
+            rows.copy_(self._mlp(part))
         return out
 
-    def _mlp(self, x: Tensor, fine: Tensor | None) -> Tensor:
+    def _mlp(self, x: Tensor) -> Tensor:
         # on a GPU the gate's bandwidth counts, in a CPU's cache its conversion would
         dtype = torch.float32 if x.device.type == "cpu" else self.dtype
-        rows = ops.rmsnorm_quantize(x, self.mlp_norm, self.shape.eps)
-        gate_up = self.gate_up(rows, None, dtype)
-        if fine is not None:
-            exact = rms_norm(x[fine], self.mlp_norm, self.shape.eps)
-            add_remainder(gate_up, self.gate_up, exact, rows, fine)
-        rows = ops.silu_mul_quantize(gate_up, self.parts)
-        out = self.down(rows, residual=x)
-        if fine is not None:
-            gate, up = gate_up[fine].float().chunk(2, dim=1)
-            exact = hadamard(silu_by_rows(gate) * up, self.parts)
-            add_remainder(out, self.down, exact, rows, fine)
-        return out
+        gate_up = self.gate_up(ops.rmsnorm_quantize(x, self.mlp_norm, self.shape.eps), None, dtype)
+        return self.down(ops.silu_mul_quantize(gate_up, self.parts), residual=x)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMSNorm over the last dimension, fp32, row by row."""
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return normed if weight is None else normed * weight
-
-
-def within(rows: Tensor | None, first: int, end: int) -> Tensor | None:
-    """Those of ascending row numbers that lie in [first, end), counted from first; None: none."""
-    if rows is None:
-        return None
-    some = rows[(rows >= first) & (rows < end)] - first
-    return some if len(some) else None
