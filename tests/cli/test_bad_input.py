@@ -127,7 +127,7 @@ def test_train_sae_on_missing_and_malformed_text(train_sae, tmp_path):
     assert f"{path}:2: malformed JSON" in train_sae(text=path)
     path.write_text('{"body": "fine"}\n')
     assert f"{path}:1: expected a string field 'text'" in train_sae(text=path)
-    path.write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')  # Latin-1
+    path.write_bytes(b'{"text": "fine"}\n{"text": "\xe9t\xe9"}\n')  # Latin-1
     assert f"{path}:2: malformed JSON ('utf-8' codec can't decode byte 0xe9" in train_sae(text=path)
     for tiny in ("", '{"text": ""}\n', '{"text": "x"}\n'):
         path.write_text(tiny)
