@@ -75,8 +75,8 @@ struct BackwardRun : Panel<V> {
     float* ds = bent + (f.softcap > 0.0f ? room * W : 0);
     float* q = ds + kTileKeys * W;
     float* qt = q + W * D;
-    float* dout = qt + W * D;
-    float* doutt = dout + W * D;
+    float* d_out = qt + W * D;
+    float* doutt = d_out + W * D;
     float* dqt = doutt + W * D;
     float* deltas = dqt + W * D;
     int32_t* position = reinterpret_cast<int32_t*>(deltas + W);
@@ -99,7 +99,7 @@ struct BackwardRun : Panel<V> {
         float delta = 0.0f;
         for (int64_t d = 0; d < D; ++d) {
           q[r * D + d] = qt[d * W + r] = f.q[at + d] * f.scale;
-          dout[r * D + d] = doutt[d * W + r] = p.d_out[at + d] * weight;
+          d_out[r * D + d] = doutt[d * W + r] = p.d_out[at + d] * weight;
           delta += p.d_out[at + d] * weight * f.out[at + d];
         }
         deltas[r] = delta;
@@ -177,7 +177,7 @@ struct BackwardRun : Panel<V> {
         for (; d < D; ++d) {
           Panel<V>::template mix<1>(k + from * D + d, slopes, to - from, D, one, dqt + d * W);
         }
-        outer_keys(s + from * W, dout, to - from, D, d_v + from * D);
+        outer_keys(s + from * W, d_out, to - from, D, d_v + from * D);
         outer_keys(slopes, q, to - from, D, d_k + from * D);
       }
       for (int64_t r = 0; r < std::min(W, total - first); ++r) {
