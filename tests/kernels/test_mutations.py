@@ -25,8 +25,11 @@ def _triton():
 def mutate(monkeypatch, tmp_path):
     """mutate(module, kernel, old, new): the launchers use the kernel of the changed file.
 
-    A helper that another module imports is replaced there: `user`.
+    A helper that another module imports is replaced there: `user`. What a mutant does not write is
+    NaN: fresh memory may hold the result of the unchanged kernel.
     """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
 
     def change(module, kernel, old, new, user=None):
         with open(module.__file__, encoding="utf-8") as file:
@@ -39,7 +42,8 @@ def mutate(monkeypatch, tmp_path):
         spec.loader.exec_module(mutant)
         monkeypatch.setattr(user or module, kernel, getattr(mutant, kernel))
 
-    return change
+    yield change
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def topk_is_right():
