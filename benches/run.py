@@ -89,6 +89,9 @@ def parser() -> Parser:
     made.add_argument("--quantization", choices=("int8",), help="suite serve: of the served model")
     made.add_argument("--minutes", type=float, default=0, help="suite serve: keep the load up")
     made.add_argument("--pairs", type=int, default=16, help="suite train-rm: how many")
+    made.add_argument(
+        "--shortest", action="store_true", help="suite train-rm: the shortest pairs, not a sample"
+    )
     made.add_argument("--max-length", type=int, default=4096, help="suite train-rm: tokens")
     made.add_argument("--documents", type=int, default=16, help="suite train-sae: how many")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
@@ -175,6 +178,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         quantization=arguments.quantization,
         minutes=arguments.minutes,
         pairs=arguments.pairs,
+        shortest=arguments.shortest,
         max_length=arguments.max_length,
         documents=arguments.documents,
         log=lambda line: print(line, file=sys.stderr, flush=True),

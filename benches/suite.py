@@ -69,6 +69,7 @@ class Options:
     quantization: str | None = None  # of the model that suite serve serves
     minutes: float = 0.0
     pairs: int = 16  # of suite train-rm
+    shortest: bool = False  # the same
     max_length: int = 4096
     documents: int = 16  # of suite train-sae
     log: Callable[[str], None] = lambda line: None

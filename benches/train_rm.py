@@ -9,17 +9,21 @@ KEPT_TOKENS. All: fp32 (and published in bf16, where --dtype has it), modes 1 an
 pairs, AdamW, gradient clipping, the same first weights. How many pairs: `--pairs`.
 
 SmolLM2-135M-Instruct cut at 15 layers, n_latents 9,216, k 27, random SAE and head (they do not
-change the time). Data: preferences_train.jsonl.gz (--data or $SARM_DATA), a random sample, else the
-pairs of the demo. The note says how far the loss curves are apart. Memory: the peak of a step on
-the longest pair, each way in a process of its own, beyond weights and optimiser state, and in the
-note the total with them.
+change the time). Data: preferences_train.jsonl.gz (--data or $SARM_DATA), a random sample or the
+`--shortest` pairs, else those of the demo. The ways take turns step by step, so that whatever else
+the machine does hits all of them. The note says how far the loss curves are apart. Memory: the
+peak of a step on the longest pair, each way in a process of its own, beyond weights and optimiser
+state, and in the note the total with them.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import copy
+import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import charts
@@ -31,7 +35,7 @@ from torch import Tensor
 from workload import make_scorer
 
 from sarm import SarmForSequenceClassification, SARMScorer
-from sarm.data import read_preferences
+from sarm.data import PreferencePair, read_preferences
 from sarm.demo.run import shipped_pairs
 from sarm.packing.differentiable import packed_attention
 from sarm.tokens import ConversationEncoder
@@ -48,7 +52,8 @@ KEPT_TOKENS = 1024
 LR = 4e-6
 MIB = 2**20
 
-Batches = list[list[EncodedPair]]
+Batch = list[EncodedPair]
+Batches = list[Batch]
 
 
 def run(options: Options) -> list[Row]:
@@ -80,12 +85,19 @@ def make_batches(scorer: SARMScorer, options: Options, mode: int) -> tuple[str, 
         source, pairs = file.name, list(read_preferences(file))
     else:
         source, pairs = "demo pairs", shipped_pairs()
+    if options.shortest:
+        pairs = sorted(pairs, key=characters)[: options.pairs]
     pairs = random.Random(0).sample(pairs, min(options.pairs, len(pairs)))
     encoder = ConversationEncoder(scorer.tokenizer, options.max_length)
     data = PairDataset(pairs, encoder, scorer.model.config.vocab_size, turns=mode >= 2)
     batches = [data.pairs[i : i + BATCH] for i in range(0, len(data), BATCH)]
     tokens = sum(len(ids) for pair in data.pairs for ids in pair.ids)
     return f"{source}, {len(data)} pairs, {tokens} tokens, at most {options.max_length}", batches
+
+
+def characters(pair: PreferencePair) -> int:
+    """Of the longer side."""
+    return max(sum(len(m["content"]) for m in side) for side in (pair.chosen, pair.rejected))
 
 
 def compare(
@@ -102,12 +114,21 @@ def compare(
     times: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     losses: dict[tuple[str, str], list[float]] = {}
     for turn in range(options.runs):
-        for way in ways:
-            if turn == 0:  # fills the libraries' buffers
-                epoch_of(*way, model, mode, [shortest[:1]])()
-            epoch = epoch_of(*way, model, mode, batches)
-            times[way].append(sample(lambda: losses.__setitem__(way, epoch()), options.device, 1))  # noqa: B023
-            options.log(f"  {', '.join(way)}: {times[way][-1] / 1e3:.1f} s")
+        with contextlib.ExitStack() as stack:
+            steps = {w: stack.enter_context(training(*w, model, mode)) for w in ways}
+            for way in ways if turn == 0 else ():  # fills the libraries' buffers
+                with training(*way, model, mode) as step:
+                    step(shortest[:1])
+            spent = dict.fromkeys(ways, 0.0)
+            losses = {way: [] for way in ways}
+            for i, batch in enumerate(batches):
+                for way in ways[i % len(ways) :] + ways[: i % len(ways)]:
+                    keep = functools.partial(_append, losses[way], steps[way], batch)
+                    spent[way] += sample(keep, options.device, 1)
+                done = ", ".join(f"{' '.join(w)} {s / 1e3:.1f} s" for w, s in spent.items())
+                options.log(f"  {i + 1}/{len(batches)} steps: {done}")
+            for way in ways:
+                times[way].append(spent[way])
     pairs = sum(map(len, batches))
     rows = []
     for way in ways:
@@ -124,10 +145,15 @@ def compare(
     return rows
 
 
-def epoch_of(
-    way: str, dtype: str, model: SarmForSequenceClassification, mode: int, batches: Batches
-) -> Callable[[], list[float]]:
-    """Trains a copy of the model for an epoch and returns the loss of every step."""
+def _append(losses: list[float], step: Callable[[Batch], float], batch: Batch) -> None:
+    losses.append(step(batch))
+
+
+@contextlib.contextmanager
+def training(
+    way: str, dtype: str, model: SarmForSequenceClassification, mode: int
+) -> Iterator[Callable[[Batch], float]]:
+    """Trains a copy of the model; yields a step, which returns its loss."""
     model = copy.deepcopy(model).to(DTYPES[dtype]).train()
     pairs = PairModel(model, mode, kept_tokens=KEPT_TOKENS if way == SARM else None)
     learning = [p for p in model.parameters() if p.requires_grad]
@@ -142,7 +168,7 @@ def epoch_of(
 
     loss_of = sparse if way == SARM else dense
 
-    def step(batch: list[EncodedPair]) -> float:
+    def step(batch: Batch) -> float:
         total = 0.0
         for pair in batch:
             loss = loss_of(pair) / len(batch)
@@ -153,23 +179,18 @@ def epoch_of(
         optimizer.zero_grad()
         return total
 
-    def epoch() -> list[float]:
-        with checkpointed(model.model, way != KEPT):
-            if way != SARM:
-                return [step(batch) for batch in batches]
-            with packed_attention(model.model):
-                return [step(batch) for batch in batches]
-
-    return epoch
+    packed = packed_attention(model.model) if way == SARM else contextlib.nullcontext()
+    with checkpointed(model.model, way != KEPT), packed:
+        yield step
 
 
 def add_memory(row: Row, mode: int, batches: Batches, options: Options, scorer: SARMScorer) -> None:
     """Peak of a step on the longest pair."""
     longest = max((p for b in batches for p in b), key=lambda pair: max(map(len, pair.ids)))
     if options.device == "cuda":
-        step = epoch_of(row.name, row.dtype, scorer.model, mode, [[longest]])
-        step()
-        row.peak_mib = peak_on_cuda(step)
+        with training(row.name, row.dtype, scorer.model, mode) as step:
+            step([longest])
+            row.peak_mib = peak_on_cuda(functools.partial(step, [longest]))
     else:
         row.peak_mib = peak_on_cpu(_step, row.name, row.dtype, mode, longest)
     if row.peak_mib is not None:
@@ -180,8 +201,11 @@ def add_memory(row: Row, mode: int, batches: Batches, options: Options, scorer: 
         row.note += f", {row.peak_mib + held / MIB:.0f} MiB in all"
 
 
-def _step(way: str, dtype: str, mode: int, pair: EncodedPair) -> Callable[[], list[float]]:
-    return epoch_of(way, dtype, make_scorer("cpu", torch.float32).model, mode, [[pair]])
+def _step(way: str, dtype: str, mode: int, pair: EncodedPair) -> Callable[[], float]:
+    opened = contextlib.ExitStack()
+    atexit.register(opened.close)  # the process ends with the call
+    model = make_scorer("cpu", torch.float32).model
+    return functools.partial(opened.enter_context(training(way, dtype, model, mode)), [pair])
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -27,7 +27,10 @@ def test_every_way_has_the_same_losses(mode, make_scorer, batches, monkeypatch):
     model = make_scorer().model
     before = model.state_dict()["model.layers.0.mlp.up_proj.weight"].clone()
     ways = [way for way in train_rm.WAYS if way[1] == "fp32"]
-    found = [train_rm.epoch_of(*way, model, mode, batches)() for way in ways]
+    found = []
+    for way in ways:
+        with train_rm.training(*way, model, mode) as step:
+            found.append([step(batch) for batch in batches])
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert found[2] == pytest.approx(found[0], rel=2e-4)
     assert torch.equal(model.state_dict()["model.layers.0.mlp.up_proj.weight"], before)
@@ -42,6 +45,14 @@ def test_rows_of_a_run(make_scorer, batches):
     sarm = rows[-1]
     assert sarm.ratios.keys() == {train_rm.PUBLISHED, train_rm.KEPT}
     assert sarm.note.startswith(f"{4e3 / sarm.ms:.2f} pairs/s, losses within ")
+
+
+def test_the_shortest_pairs(make_scorer):
+    every, short = (
+        train_rm.make_batches(make_scorer(), Options(pairs=4, shortest=s), 1)[1] for s in (0, 1)
+    )
+    longest = [max(max(map(len, p.ids)) for b in some for p in b) for some in (every, short)]
+    assert longest[1] < longest[0]
 
 
 def test_memory_is_measured_in_processes_of_their_own(batches, monkeypatch, make_scorer):
