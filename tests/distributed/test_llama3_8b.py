@@ -60,11 +60,20 @@ def test_a_script_is_the_published_setting(script):
         assert config.warmup == 0.03
 
 
-def test_the_estimate_says_what_it_is_and_scales(monkeypatch):
+@pytest.fixture
+def estimate(monkeypatch):
     spec = importlib.util.spec_from_file_location("llama3_8b_estimate", FOLDER / "estimate.py")
-    estimate = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, estimate)  # dataclasses look there
-    spec.loader.exec_module(estimate)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_shows_the_estimate(estimate):
+    assert estimate.table([]) in (FOLDER / "README.md").read_text("utf-8")
+
+
+def test_the_estimate_says_what_it_is_and_scales(estimate):
     table = estimate.table([])
     assert table.startswith("Estimates, not measurements")
     hours = [float(h) for h in re.findall(r"\| \*\*([\d.]+)\*\*", table)[::2]]
