@@ -6,7 +6,8 @@ the SAE, beside all layers for all tokens), so that contexts have an activation 
 
 Memory beside the model: F x (64 bytes of sums + 392 of histogram) and F x contexts x 32 bytes for F
 features, and a block's tails, rows x window x (d_model x 4 + k x 8) bytes. On disk a context takes
-about 10 bytes a token, whatever is read: the database holds at most F x contexts x 2 of them.
+4 bytes a token, and the tokens of each response that has one about 8, whatever is read: the
+database holds at most F x contexts x 2 contexts.
 
 A block of records is one transaction: statistics, contexts and the place in the input change
 together. Blocks are cut by record count alone and an occurrence's place in a sample is decided by
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +27,10 @@ import numpy as np
 
 from sarm.data import BadRecords, Record
 from sarm.errors import InputError
+from sarm.features import contexts
 from sarm.features.background import BackgroundResponse, keep, rank
 from sarm.features.best import EMPTY, BestOccurrences, uniform
+from sarm.features.contexts import Entry, Span
 from sarm.features.identity import identity
 from sarm.features.rows import Response, digest, read_all, responses_of
 from sarm.features.statistics import Statistics
@@ -39,6 +43,7 @@ from sarm.tokens import Conversation, Encoded
 
 KINDS = ("top", "sample")
 PLACES = 1 << 20  # positions of a row that an occurrence's number has room for
+SPANS = 10_000  # that may wait for a sweep
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class _Run:
         self.best = {kind: BestOccurrences(self.n_features, options.contexts) for kind in KINDS}
         self.texts = TokenTexts(scorer.tokenizer)
         self.records = self.refused = self.resumed = 0
+        self.spans = self.swept = 0  # in the database; what the last sweep left
         self._claim()
 
     @property
@@ -195,6 +201,7 @@ class _Run:
             except (KeyError, ValueError) as error:
                 raise InputError(f"{self.store.path}: damaged, {name}: {error}") from error
         self.resumed = self.rows
+        ((self.spans,),) = self.store.rows("SELECT count(*) FROM span")
 
     def _save(self, before: int) -> None:
         """Within the transaction of a block that began after `before` records."""
@@ -239,24 +246,39 @@ class _Run:
         self.refused += bad.count - refused
         self.records += len(block)
         tails = encoded_tails(self.scorer, [e.ids for _, e in ready], self.options.window)
-        contexts: list[tuple] = []
+        spans = [
+            Span(row, r.where, len(e.ids) - 1, self.texts(e.ids[-self.options.window :]))
+            for row, (r, e) in enumerate(ready, first)
+        ]
+        entries: list[Entry] = []
         if ready:
             self._check(ready, tails)
-            contexts = self._add(ready, tails)
+            entries = self._add(ready, tails)
+        used = {entry.span for entry in entries}
         with self.store.transaction() as db:
-            db.executemany("INSERT OR REPLACE INTO context VALUES (?,?,?,?,?,?,?,?)", contexts)
-            keep(db, self._background(ready, tails, first))
+            contexts.write(db, (span for span in spans if span.id in used), entries)
+            self.spans += len(used)
+            if self.spans > 2 * self.swept + SPANS:
+                self._sweep(db)
+            keep(db, self._background(spans, tails))
             self._save(at)
 
+    def _sweep(self, db: sqlite3.Connection) -> None:
+        held = np.concatenate(
+            [best.occurrence[best.occurrence != EMPTY] for best in self.best.values()]
+        )
+        used = np.unique(held // PLACES)
+        contexts.sweep(db, used)
+        self.spans = self.swept = len(used)
+
     def _background(
-        self, ready: list[tuple[Response, Encoded]], tails: list[Tail], first: int
+        self, spans: list[Span], tails: list[Tail]
     ) -> Iterator[tuple[float, BackgroundResponse]]:
-        """A block's responses with their ranks in the sample, which starts at row `first`."""
-        for row, ((response, encoded), tail) in enumerate(zip(ready, tails, strict=True), first):
-            tokens = self.texts(encoded.ids[-self.options.window :])
+        """A block's responses with their ranks in the sample."""
+        for span, tail in zip(spans, tails, strict=True):
             active = frozenset(tail.idx[-1][tail.vals[-1] != 0].tolist())
-            found = BackgroundResponse(response.where, len(encoded.ids) - 1, tokens, active)
-            yield rank(row, self.options.seed), found
+            found = BackgroundResponse(span.source, span.position, list(span.tokens), active)
+            yield rank(span.id, self.options.seed), found
 
     def _turns(self, response: Response) -> Conversation:
         """A text alone may need an empty question before it: some chat templates want one."""
@@ -272,8 +294,8 @@ class _Run:
             if not np.isfinite(tail.vals).all():
                 raise InputError(f"{response.where}: a feature's activation is not finite")
 
-    def _add(self, ready: list[tuple[Response, Encoded]], tails: list[Tail]) -> list[tuple]:
-        """Count a block's responses; returns the rows of `context` that it brings."""
+    def _add(self, ready: list[tuple[Response, Encoded]], tails: list[Tail]) -> list[Entry]:
+        """Count a block's responses; returns the contexts that it brings."""
         first = self.rows
         width = max(tail.idx.shape[1] for tail in tails)
         idx = np.zeros((len(tails), width), np.int64)
@@ -302,43 +324,33 @@ class _Run:
             "top": activation,
             "sample": uniform(occurrence, feature, self.options.seed),
         }
-        contexts: list[tuple] = []
+        entries: list[Entry] = []
         for number, kind in enumerate(KINDS):
             new, slot = self.best[kind].offer(feature, keys[kind], occurrence)
             ids = (number * self.n_features + feature[new]) * self.options.contexts + slot
-            contexts += self._contexts(
-                ready, tails, kind, ids, row[new], feature[new], activation[new]
+            entries += self._entries(
+                tails, first, kind, ids, row[new], feature[new], activation[new]
             )
-        return contexts
+        return entries
 
-    def _contexts(
+    def _entries(
         self,
-        ready: list[tuple[Response, Encoded]],
         tails: list[Tail],
+        first: int,
         kind: str,
         ids: np.ndarray,
         rows: np.ndarray,
         features: np.ndarray,
         activations: np.ndarray,
-    ) -> Iterator[tuple]:
+    ) -> Iterator[Entry]:
         """Rows of `context`, response by response: what they share is made once."""
         order = np.argsort(rows, kind="stable").tolist()
         for row, group in itertools.groupby(order, key=rows.__getitem__):
-            entries = list(group)
-            response, encoded = ready[row]
-            tokens = json.dumps(self.texts(encoded.ids[-self.options.window :]), ensure_ascii=False)
-            per_token = tails[row].of(features[entries], self.n_features)
-            for entry, line in zip(entries, per_token, strict=True):
-                yield (
-                    int(ids[entry]),
-                    int(features[entry]),
-                    kind,
-                    float(activations[entry]),
-                    len(encoded.ids) - 1,
-                    tokens,
-                    json.dumps(line, separators=(",", ":")),
-                    response.where,
-                )
+            chosen = list(group)
+            lines = contexts.packed(tails[row].of(features[chosen], self.n_features))
+            values = ids[chosen].tolist(), features[chosen].tolist(), activations[chosen].tolist()
+            for id, feature, activation, line in zip(*values, lines, strict=True):
+                yield Entry(id, feature, kind, activation, first + int(row), line)
 
     # ---- the end ---------------------------------------------------------------------------
 
@@ -351,12 +363,10 @@ class _Run:
                 self.statistics.table(self.weight),
             )
             db.executemany("DELETE FROM context WHERE id = ?", self._samples_among_top())
+            self._sweep(db)
+            store.index(db)
             if store.full_text:
-                shown = db.execute("SELECT id, tokens FROM context WHERE kind = 'top'")
-                db.executemany(
-                    "INSERT INTO context_words (rowid, text) VALUES (?, ?)",
-                    ((id, "".join(json.loads(tokens))) for id, tokens in shown),
-                )
+                contexts.index_words(db)
             db.execute("DELETE FROM progress")
             store.set_meta(
                 rows=self.rows,

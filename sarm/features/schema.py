@@ -1,6 +1,6 @@
-"""The tables of a feature database, version 1; docs/features.md describes every column."""
+"""The tables of a feature database, version 2; docs/features.md describes every column."""
 
-VERSION = 1
+VERSION = 2
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -24,12 +24,15 @@ CREATE TABLE IF NOT EXISTS context (
     feature INTEGER NOT NULL,
     kind TEXT NOT NULL CHECK (kind IN ('top', 'sample')),
     activation REAL NOT NULL,
-    position INTEGER NOT NULL,
-    tokens TEXT NOT NULL,
-    activations TEXT NOT NULL,
-    source TEXT NOT NULL
+    span INTEGER NOT NULL,
+    activations BLOB NOT NULL
 );
-CREATE INDEX IF NOT EXISTS context_feature ON context (feature, kind, activation DESC);
+CREATE TABLE IF NOT EXISTS span (
+    id INTEGER PRIMARY KEY,
+    source TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    tokens TEXT NOT NULL
+);
 CREATE TABLE IF NOT EXISTS label (
     feature INTEGER NOT NULL,
     method TEXT NOT NULL,
@@ -50,10 +53,16 @@ CREATE TABLE IF NOT EXISTS background (
 CREATE TABLE IF NOT EXISTS progress (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 """
 
+# Made when a collection ends: kept up to date meanwhile they would take a third of the writing.
+INDICES = """
+CREATE INDEX IF NOT EXISTS context_feature ON context (feature, kind, activation DESC);
+CREATE INDEX IF NOT EXISTS context_span ON context (span, kind, feature, activation);
+"""
+
 # The words of contexts and labels; absent where SQLite was built without FTS5, and search then
-# scans. A context's rowid is its id; a label's words are found by (feature, method).
+# scans. A rowid is a span's id; a label's words are found by (feature, method).
 FULL_TEXT = """
-CREATE VIRTUAL TABLE IF NOT EXISTS context_words USING fts5(text, content='');
+CREATE VIRTUAL TABLE IF NOT EXISTS span_words USING fts5(text, content='');
 CREATE VIRTUAL TABLE IF NOT EXISTS label_words
     USING fts5(text, feature UNINDEXED, method UNINDEXED);
 """

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from sarm.errors import InputError
+from sarm.features.contexts import unpacked
 from sarm.features.identity import identity
-from sarm.features.schema import FULL_TEXT, SCHEMA, VERSION
+from sarm.features.schema import FULL_TEXT, INDICES, SCHEMA, VERSION
 
 #: Seconds that a writer waits for another one.
 BUSY_SECONDS = 60.0
@@ -160,7 +161,7 @@ class FeatureStore:
                 self._db.execute(f"PRAGMA user_version={VERSION}")
         elif not version:
             raise InputError(f"{self.path}: not a feature database (it is empty)")
-        query = "SELECT count(*) FROM sqlite_master WHERE name IN ('context_words', 'label_words')"
+        query = "SELECT count(*) FROM sqlite_master WHERE name IN ('span_words', 'label_words')"
         self.full_text = self._db.execute(query).fetchone()[0] == 2
 
     # ---- plumbing --------------------------------------------------------------------------
@@ -192,6 +193,11 @@ class FeatureStore:
                 if self._db.in_transaction:  # a full disk has ended it already
                     self._db.execute("ROLLBACK")
                 raise
+
+    def index(self, db: sqlite3.Connection) -> None:
+        """Make the indices over contexts; within a transaction, when all are there."""
+        for statement in filter(str.strip, INDICES.split(";")):
+            db.execute(statement)
 
     def rows(self, query: str, values: Sequence | Mapping = ()) -> list[tuple]:
         """All rows of a query."""
@@ -295,9 +301,10 @@ class FeatureStore:
         return [
             _context(row)
             for row in self.rows(
-                "SELECT id, feature, kind, activation, position, tokens, activations, source "
-                "FROM context WHERE feature = :id AND (:kind IS NULL OR kind = :kind) "
-                "ORDER BY activation DESC, id LIMIT :limit",
+                "SELECT c.id, feature, kind, activation, position, tokens, activations, source "
+                "FROM context c JOIN span s ON s.id = c.span "
+                "WHERE feature = :id AND (:kind IS NULL OR kind = :kind) "
+                "ORDER BY activation DESC, c.id LIMIT :limit",
                 {"id": id, "kind": kind, "limit": -1 if limit is None else limit},
             )
         ]
@@ -318,9 +325,11 @@ class FeatureStore:
                 (match, limit),
             )
             contexts = self.rows(
-                "SELECT c.feature, 'context', c.tokens FROM context_words w JOIN context c "
-                "ON c.id = w.rowid WHERE context_words MATCH ? GROUP BY c.feature "
-                "ORDER BY max(c.activation) DESC, c.feature LIMIT ?",
+                "SELECT feature, 'context', tokens FROM (SELECT c.feature, c.span, "
+                "max(c.activation) AS most FROM span_words w JOIN context c ON c.span = w.rowid "
+                "WHERE span_words MATCH ? AND c.kind = 'top' GROUP BY c.feature "
+                "ORDER BY most DESC, c.feature LIMIT ?) JOIN span s ON s.id = span "
+                "ORDER BY most DESC, feature",
                 (match, limit),
             )
         else:
@@ -334,8 +343,9 @@ class FeatureStore:
                 (*like, limit),
             )
             contexts = self.rows(
-                f"SELECT feature, 'context', tokens FROM context WHERE "
-                f"{' AND '.join('tokens LIKE ?' for _ in like)} GROUP BY feature "
+                f"SELECT feature, 'context', tokens FROM span s JOIN context c ON c.span = s.id "
+                f"WHERE kind = 'top' AND {' AND '.join('tokens LIKE ?' for _ in like)} "
+                "GROUP BY feature "
                 "ORDER BY max(activation) DESC, feature LIMIT ?",
                 (*like, limit),
             )
@@ -396,4 +406,4 @@ def _feature(row: tuple) -> Feature:
 
 
 def _context(row: tuple) -> Context:
-    return Context(*(*row[:5], json.loads(row[5]), json.loads(row[6]), row[7]))
+    return Context(*(*row[:5], json.loads(row[5]), unpacked(row[6]), row[7]))

@@ -25,17 +25,15 @@ class Tail:
     idx: np.ndarray
     vals: np.ndarray
 
-    def of(self, features: np.ndarray, n_features: int) -> list[list[float]]:
-        """For each feature its activation at every token, to 5 digits of the largest one."""
+    def of(self, features: np.ndarray, n_features: int) -> np.ndarray:
+        """(len(features), W) fp32: for each feature its activation at every token."""
         column = np.full(n_features, -1)
         column[features] = np.arange(len(features))
         found = column[self.idx]
         token, place = np.nonzero(found >= 0)
-        dense = np.zeros((len(features), len(self.idx)))
+        dense = np.zeros((len(features), len(self.idx)), np.float32)
         dense[found[token, place], token] = self.vals[token, place]
-        largest = np.abs(dense).max(initial=0.0)
-        digits = 4 - int(np.floor(np.log10(largest))) if largest > 0 else 0
-        return dense.round(digits).tolist()
+        return dense
 
 
 def encoded_tails(scorer: SARMScorer, rows: Sequence[Sequence[int]], window: int) -> list[Tail]:

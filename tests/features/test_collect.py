@@ -13,7 +13,8 @@ import torch
 
 from sarm.data import BadRecords, read_preferences
 from sarm.errors import InputError
-from sarm.features import FeatureStore
+from sarm.features import FeatureStore, contexts
+from sarm.features import collect as collect_module
 from sarm.features.collect import CollectOptions, collect
 from sarm.features.style import markdown_marks
 
@@ -113,7 +114,7 @@ def dump(path):
     with FeatureStore(path) as store:
         return [
             store.rows(f"SELECT * FROM {table} ORDER BY 1, 2")
-            for table in ("meta", "feature", "context", "progress")
+            for table in ("meta", "feature", "context", "span", "progress")
         ]
 
 
@@ -282,3 +283,25 @@ def test_tokens_join_to_the_text(scorer):
     assert len(texts) == len(ids)
     assert "".join(texts) == text
     assert json.loads(json.dumps(texts)) == texts
+
+
+def test_tokens_are_kept_once_and_only_with_a_context(scorer, pairs, tmp_path, monkeypatch):
+    sizes = []
+    sweep = contexts.sweep
+
+    def counted(db, used):
+        sweep(db, used)
+        sizes.append((db.execute("SELECT count(*) FROM span").fetchone()[0], len(used)))
+
+    monkeypatch.setattr(contexts, "sweep", counted)
+    monkeypatch.setattr(collect_module, "SPANS", 0)
+    options = CollectOptions(contexts=1, window=2, block=2)
+    collect(scorer, [pairs], tmp_path / "f.db", options)
+    assert len(sizes) > 2  # on the way, not at the end alone
+    assert all(left == used for left, used in sizes)
+    with FeatureStore(tmp_path / "f.db") as store:
+        spans = store.rows("SELECT id FROM span ORDER BY id")
+        assert spans == store.rows("SELECT DISTINCT span FROM context ORDER BY span")
+        assert len(spans) < 28
+        (most,) = store.rows("SELECT count(*) FROM context GROUP BY span ORDER BY 1 DESC")[0]
+        assert most > 1

@@ -3,10 +3,11 @@
 import multiprocessing
 import sqlite3
 
+import numpy as np
 import pytest
 
 from sarm.errors import InputError
-from sarm.features import FeatureStore
+from sarm.features import FeatureStore, contexts
 
 
 def test_another_model_is_refused(database, scorer, tiny_scorer):
@@ -47,9 +48,12 @@ def test_search(tmp_path, full_text):
         store.add_label(5, "llm", "Refusals", "says it cannot help")  # replaces
         store.add_label(9, "llm", "Recipes", score=4.0)
         with store.transaction() as db:
-            values = (1, 7, "top", 1.0, 3, '["a cake"," recipe"]', "[0,1]", "f:1")
-            db.execute("INSERT INTO context VALUES (?,?,?,?,?,?,?,?)", values)
-            db.execute("INSERT INTO context_words (rowid, text) VALUES (1, 'a cake recipe')")
+            (line,) = contexts.packed(np.array([[0, 1]]))
+            span = contexts.Span(3, "f:1", 3, ["a cake", " recipe"])
+            kinds = (1, 7, "top"), (2, 8, "sample")  # words of samples alone are not searched
+            entries = [contexts.Entry(*kind, 1.0, 3, line) for kind in kinds]
+            contexts.write(db, [span], entries)
+            contexts.index_words(db)
         store.full_text = full_text
         assert [(h.feature, h.where) for h in store.search("RECIPE")] == [
             (9, "label"), (7, "context"),
@@ -113,7 +117,7 @@ def test_files_that_are_no_feature_database(tmp_path, database):
     later = tmp_path / "later.db"
     with sqlite3.connect(later) as db:
         db.execute("PRAGMA user_version=9")
-    with pytest.raises(InputError, match=r"version 1 .has version 9"):
+    with pytest.raises(InputError, match=r"version 2 .has version 9"):
         FeatureStore(later)
     (tmp_path / "empty.db").touch()
     with pytest.raises(InputError, match="it is empty"):

@@ -9,8 +9,11 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
+
 from sarm.features import FeatureStore
 from sarm.features.background import BackgroundResponse, keep
+from sarm.features.contexts import Entry, Span, packed, write
 
 WAIT = 20  # seconds; every wait on an event is bounded
 
@@ -29,18 +32,13 @@ def make_database(path, features=4, contexts=8, dense=(), quote=lambda text: tex
                 top = i < contexts
                 text = quote(f"Reply {i} about topic{f} and word{i % 3}.")
                 tokens = [*re.findall(r"\s*\S+", text), "<|im_end|>"]
-                db.execute(
-                    "INSERT INTO context (feature, kind, activation, position, tokens, "
-                    "activations, source) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        f,
-                        "top" if top else "sample",
-                        20.0 - i if top else 1.0 + i / 100,
-                        len(tokens) - 1,
-                        json.dumps(tokens),
-                        json.dumps([0.0] * (len(tokens) - 1) + [1.0]),
-                        f"data.jsonl:{f * 100 + i} (chosen)",
-                    ),
+                number, kind = f * 100 + i, "top" if top else "sample"
+                activation = 20.0 - i if top else 1.0 + i / 100
+                (line,) = packed(np.eye(len(tokens))[-1:])
+                write(
+                    db,
+                    [Span(number, f"data.jsonl:{number} (chosen)", len(tokens) - 1, tokens)],
+                    [Entry(number, f, kind, activation, number, line)],
                 )
         responses = []
         for i in range(60):

@@ -71,7 +71,7 @@ def test_without_a_repeated_term_there_is_no_label(tmp_path):
     )
     with FeatureStore(path, "rw") as store:
         with store.transaction() as db:
-            db.execute("""UPDATE context SET tokens = replace(tokens, '<|im_end|>', '')""")
+            db.execute("""UPDATE span SET tokens = replace(tokens, '<|im_end|>', '')""")
         records, failed = label_offline(store, [0], Sampling())
         assert failed == {0: "no term is in two of its contexts"}
         assert store.labels() == []
