@@ -24,7 +24,8 @@ LISTED = 512
 CONTEXTS = {"top": 12, "sample": 6}
 #: Without a feature database there is nothing else to sort by.
 HEAD_ORDERS = ("weight", "id")
-PAGE = 200
+#: Features that one answer may list, and those that a page begins with.
+PAGE, FIRST_PAGE = 200, 50
 
 
 class Views:
@@ -71,6 +72,16 @@ class Views:
             "orders": list(ORDERS if self.store else HEAD_ORDERS),
             "sets": [one.about() for one in self.sets],
             "saves": self.profiles_dir is not None,
+        }
+
+    def start(self) -> dict[str, Any]:
+        """`about`, the first page of features and the first set unsteered: a page's first view."""
+        order = "contribution" if self.store else "weight"
+        return {
+            "about": self.about(),
+            "order": order,
+            "features": self.features("", order, 0, FIRST_PAGE),
+            "shift": self.sets[0].unsteered if self.sets else None,
         }
 
     # ---- responses -------------------------------------------------------------------------

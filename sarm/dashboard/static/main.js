@@ -7,10 +7,11 @@ import * as responses from "./responses.js";
 import * as steering from "./steering.js";
 
 try {
-  const about = await get("/api/about");
+  const first = await get("/api/start"); // one answer with all that the first view shows
+  const { about } = first;
   $("model").textContent =
     `${about.model}, ${about.n_latents} features` + (about.rows ? `, seen on ${about.rows} responses` : "");
-  for (const part of [responses, steering, features]) part.start(about);
+  for (const part of [responses, steering, features]) part.start(about, first);
   document.documentElement.dataset.ready = "true";
 } catch (error) {
   tell($("score-status"), error.message, true);

@@ -10,7 +10,7 @@ const WAIT_MS = 30;
 const ask = latest((body, signal) => post("/api/shift", body, signal));
 let set = 0;
 
-export function start(about) {
+export function start(about, first) {
   $("save-there").disabled = !about.saves;
   if (!about.saves) $("save-there").title = "The server was started without --profiles";
   sets(about.sets);
@@ -19,7 +19,7 @@ export function start(about) {
     if (kind === "list") draw();
     if (about.sets.length) soon();
   });
-  if (about.sets.length) refresh();
+  if (first.shift) show(first.shift);
   else tell($("shift-status"), "No evaluation set: start with --set FILE to see a distribution move.");
   $("add-feature").addEventListener("submit", addByNumber);
   $("reset-all").addEventListener("click", () => profile.clear());
