@@ -161,6 +161,8 @@ class Dashboard:
             ("/api/about", self._about),
             ("/api/features", self._features),
             ("/api/features/{id}", self._feature),
+            ("/api/profiles", self._profiles),
+            ("/api/profiles/{name}", self._load),
         ):
             app.add_api_route(path, call, methods=["GET"])
         for path, body in POSTS.items():
@@ -183,6 +185,12 @@ class Dashboard:
 
     async def _feature(self, request: Request) -> Response:
         return await self._answer(request, self.views.feature, _whole(request.path_params, "id", 0))
+
+    async def _profiles(self, request: Request) -> Response:
+        return await self._answer(request, self.views.profiles)
+
+    async def _load(self, request: Request) -> Response:
+        return await self._answer(request, self.views.load, request.path_params["name"])
 
     def _post(self, path: str, body: type[_Body]):
         async def endpoint(request: Request) -> Response:
@@ -281,7 +289,8 @@ def _whole(fields, name: str, default: int, most: int = 2**31) -> int:
 
 def _assets() -> Iterable[tuple[str, bytes, str]]:
     """(path, content, media type) of every file of the page, read once."""
-    for file in resources.files("sarm.dashboard").joinpath("static").iterdir():
+    shared = resources.files("sarm.interpret").joinpath("strip.js")
+    for file in (*resources.files("sarm.dashboard").joinpath("static").iterdir(), shared):
         kind = TYPES.get(file.name.rpartition(".")[2])
         if kind is not None:
             path = "/" if file.name == "index.html" else f"/static/{file.name}"

@@ -16,7 +16,9 @@ from sarm.interpret.attribution import named
 from sarm.interpret.html import facts
 from sarm.interpret.trace import trace
 from sarm.scorer import SARMScorer
+from sarm.steering.files import profile_fields
 from sarm.steering.heads import own_profile
+from sarm.steering.labels import FeatureNames
 from sarm.tokens import Message
 
 #: Features listed for a response: all active ones of any TopK SARM known, and a bound for others.
@@ -82,6 +84,7 @@ class Views:
             "order": order,
             "features": self.features("", order, 0, FIRST_PAGE),
             "shift": self.sets[0].unsteered if self.sets else None,
+            **self.profiles(),
         }
 
     # ---- responses -------------------------------------------------------------------------
@@ -134,6 +137,22 @@ class Views:
             raise InputError("profile: changes nothing; expected features")
         path = profiles.save(profile, self.scorer.model, self.profiles_dir, overwrite)
         return {"name": path.name}
+
+    def profiles(self) -> dict[str, Any]:
+        """File names of the saved profiles."""
+        return {"profiles": profiles.saved(self.profiles_dir) if self.profiles_dir else []}
+
+    def load(self, name: str) -> dict[str, Any]:
+        """A saved profile: the mapping of its file, and what its features are called and weigh."""
+        if self.profiles_dir is None:
+            raise InputError("profiles: there are none; start with --profiles DIR")
+        names = FeatureNames.of_database(self.store.path) if self.store else None
+        profile = profiles.load(name, self.profiles_dir, self.scorer.model, names)
+        labels = self.names()
+        known = {
+            j: {"label": labels.get(j), "weight": self._weights[j].item()} for j in profile.changes
+        }
+        return {"file": name, "profile": profile_fields(profile), "known": known}
 
     # ---- features --------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.create_server(address[:2], family=family, backlog=BACKLOG)
         # accepted sockets inherit it. asyncio sets it only where a socket names its protocol, which
-        # this one does not; without it a body waits 40 ms for the client's delayed ACK of its header
+        # this one does not; without it a body waits 40 ms for the delayed ACK of its header
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
     except (OSError, OverflowError) as error:
