@@ -128,12 +128,13 @@ def opened(browser, served):
 
     pages = []
 
-    def start(token=None, **context):
+    def start(token=None, on_request=lambda request: None, **context):
         context.setdefault("viewport", {"width": 1280, "height": 900})
         page = browser.new_context(accept_downloads=True, **context).new_page()
         page.set_default_timeout(WAIT * 1000)
         seen, problems = [], []
         page.on("request", lambda request: seen.append(request.url))
+        page.on("request", on_request)
         page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
         url = served(token)

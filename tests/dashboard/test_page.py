@@ -101,6 +101,42 @@ def test_profiles_are_saved_and_downloaded(opened, views, page_scorer, tmp_path)
     playwright.expect(page.locator("#save-status")).to_have_text(re.compile("is there already"))
 
 
+def test_saved_profiles_are_loaded(opened, views):
+    (strong, other) = (f.id for f in views.store.features("contribution", 2))
+    page = opened()
+    assert page.locator("#load").is_hidden()
+    add_slider(page, strong)
+    settled(page, lambda: slide(page, 0.5))
+    page.fill("#profile-name", "half of it")
+    page.click("#save-there")
+    status = page.locator("#save-status")
+    playwright.expect(status).to_have_text("Saved as half-of-it.yaml.")
+    text = f"features: [{{feature: 7, multiply: 4.5}}, {{feature: {other}, add: 0.25, clamp: [null, 2]}}]"
+    (views.profiles_dir / "by-hand.yaml").write_text(text)
+    page = opened()
+    score(page, "on a mat thanks")
+    options = page.locator("#saved option")
+    assert options.all_inner_texts() == ["by-hand.yaml", "half-of-it.yaml"]
+    page.select_option("#saved", "half-of-it.yaml")
+    answer = settled(page, page.get_by_role("button", name="Load", exact=True).click)
+    assert answer["shift"]["all"] != 0
+    playwright.expect(status).to_have_text("half-of-it.yaml loaded: 1 features.")
+    assert page.input_value(f"#slider-{strong}") == "0.5"
+    assert page.input_value("#profile-name") == "half of it"
+    assert "steered" in page.locator("#results .reward").inner_text()
+    page.select_option("#saved", "by-hand.yaml")
+    by_hand = settled(page, page.get_by_role("button", name="Load", exact=True).click)
+    assert by_hand["shift"]["all"] != answer["shift"]["all"]
+    assert page.locator("#sliders li").count() == 2  # in the place of what there was
+    assert page.input_value("#slider-7") == "4.5"  # beyond the range of other sliders
+    assert "clamped to ∞ … 2" in page.inner_text(f"#sliders li[data-feature='{other}']")
+    # a clamp is not a factor of a contribution: the page does not guess
+    assert "steered" not in page.locator("#results .reward").inner_text()
+    (views.profiles_dir / "by-hand.yaml").write_text("features: 3")
+    page.get_by_role("button", name="Load", exact=True).click()
+    playwright.expect(status).to_have_text(re.compile("features must be a list"))
+
+
 def test_an_error_is_told(opened):
     page = opened()
     page.fill("#feature-number", "99")

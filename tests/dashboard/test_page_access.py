@@ -1,7 +1,10 @@
 """The page for everybody: names, keyboard, a phone, the dark, contrast."""
 
 import itertools
+from pathlib import Path
 
+import page_actions
+import pytest
 from page_actions import add_slider, pixels, playwright, ready, score, settled
 
 
@@ -92,3 +95,85 @@ def test_a_token_is_asked_for(opened):
     page.fill("#token", "s3cret")
     page.keyboard.press("Enter")
     ready(page)
+
+
+AUDIT = (Path(page_actions.__file__).parent / "page_audit.js").read_text("utf-8").partition("\n()")
+FULL = {"laptop": (1280, 900), "phone": (390, 844)}
+
+
+def everything_open(page):
+    """Results, coloured tokens, a slider, the chart's table, a feature's detail, an error."""
+    score(page, "on a mat thanks", "ugh no")
+    page.locator("[data-tokens]").first.click()
+    page.wait_for_selector(".tokens span")
+    settled(page, page.locator("#results .name").first.click)
+    page.locator("#chart summary").click()
+    page.locator("#list button.item").first.click()
+    page.wait_for_selector(".detail .tokens span")
+    page.fill("#feature-number", "99")
+    page.locator("#feature-number").press("Enter")
+    page.wait_for_selector("#shift-status.bad")
+
+
+def audit(page):
+    return page.evaluate("()" + AUDIT[2])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("screen", FULL)
+def test_rules_of_accessibility(opened, screen, scheme):
+    width, height = FULL[screen]
+    page = opened(viewport={"width": width, "height": height}, color_scheme=scheme)
+    everything_open(page)
+    answer = audit(page)
+    assert answer["texts"] > 100
+    assert answer["found"] == []
+
+
+def test_the_audit_finds_what_is_wrong(opened):
+    page = opened()
+    page.evaluate(
+        """() => {
+        document.querySelector("h2").style.color = "#aaa";
+        document.querySelector("#add").id = "prompt";
+        document.querySelector("#query").tabIndex = 3;
+        document.querySelector("nav").setAttribute("aria-hidden", "true");
+        document.querySelector("#list").append(document.createElement("p"));
+        document.querySelector("#prompt").setAttribute("aria-describedby", "nowhere");
+        document.body.append(document.createElement("div"));
+        }"""
+    )
+    rules = {line.partition(":")[0] for line in audit(page)["found"]}
+    assert rules == {
+        *("color-contrast", "duplicate-id", "tabindex", "aria-hidden-focus", "list"),
+        *("aria-valid-attr-value", "region"),
+    }
+
+
+@pytest.mark.parametrize("screen", FULL)
+def test_focus_moves_as_people_read(opened, screen):
+    """Tab goes down a part of the page, left to right in a line, and part by part."""
+    width, height = FULL[screen]
+    page = opened(viewport={"width": width, "height": height})
+    places = page.evaluate(
+        """() => [...document.querySelectorAll("main section")].map(section =>
+        [...section.querySelectorAll("button, input, select, textarea, summary")]
+        .filter(x => x.checkVisibility() && !x.disabled).slice(0, 20).map(x => {
+            const box = x.getBoundingClientRect();
+            return [x.id || x.innerText, box.left, box.top, box.bottom];
+        }))"""
+    )
+    assert [len(part) > 2 for part in places] == [True] * 3
+    for part in places:
+        for (name, left, _, bottom), (after, x, top, _) in itertools.pairwise(part):
+            assert top >= bottom - 1 or x > left, (name, after)
+    everything_open(page)
+    seen = []
+    page.focus("#prompt")
+    for _ in range(200):
+        page.keyboard.press("Tab")
+        part = page.evaluate("document.activeElement.closest('section')?.id")
+        if not part:
+            break
+        seen.append(part)
+    assert [part for part, _ in itertools.groupby(seen)] == ["responses", "steering", "features"]

@@ -1,12 +1,15 @@
 """The page's pictures, and the time it takes."""
 
 import json
+import os
 import time
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
-from page_actions import add_slider, pixels, playwright, settled, slide
+from page_actions import Image, add_slider, pixels, playwright, score, settled, slide
 
 from sarm.features import FeatureStore
 
@@ -40,15 +43,151 @@ def test_the_chart_draws_the_counts(opened, views, scheme):
         assert np.abs(tops - expected).max() <= 3, name
 
 
+# ---- stored pictures ------------------------------------------------------------------------
+
+#: Made anew with SARM_PICTURES=1; look at them before they are committed.
+PICTURES = Path(__file__).parent / "pictures"
+SCREENS = {"laptop": (1280, 896), "phone": (390, 840)}
+CELL = 8  # pixels; the mean of a cell forgets how a font was smoothed, not what stands where
+#: A cell differs by more than this (of 255, the largest of red, green and blue) where something
+#: else stands there; a last digit that came out differently changes a cell or two.
+DIFFERENT, SHARE = 24, 0.01
+
+
+def cells(page):
+    """(H / CELL, W / CELL, 3) mean colours of what a screen shows."""
+    found = pixels(page)
+    height, width = (n // CELL for n in found.shape[:2])
+    found = found[: height * CELL, : width * CELL]
+    return found.reshape(height, CELL, width, CELL, 3).mean((1, 3))
+
+
+def staged(opened, views, screen, scheme):
+    """A page with rewards, the strongest feature turned around, and nothing in focus."""
+    width, height = SCREENS[screen]
+    page = opened(
+        viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    (strongest,) = (f.id for f in views.store.features("contribution", 1))
+    score(page, "on a mat thanks", "ugh no")
+    add_slider(page, strongest)
+    settled(page, lambda: slide(page, -2))
+    page.evaluate("document.activeElement.blur()")
+    page.mouse.move(0, 0)
+    part = "#steering" if screen == "phone" else "header"
+    page.locator(part).evaluate("e => e.scrollIntoView({block: 'start', behavior: 'instant'})")
+    return page
+
+
+def differing(found, stored):
+    """The share of cells that show something else."""
+    return (np.abs(found - stored).max(2) > DIFFERENT).mean()
+
+
+def fonts(page):
+    """Widths of a line in the page's two fonts: other fonts, other line breaks, other pictures."""
+    return page.evaluate(
+        """() => ["system-ui", "ui-monospace, monospace"].map(family => {
+        const pen = document.createElement("canvas").getContext("2d");
+        pen.font = `16px ${family}`;
+        return Math.round(pen.measureText("Sphinx of black quartz 0123456789").width);
+        })"""
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("screen", SCREENS)
+def test_it_looks_as_in_the_stored_picture(opened, views, screen, scheme, tmp_path):
+    page = staged(opened, views, screen, scheme)
+    found, path = cells(page), PICTURES / f"{screen}-{scheme}.png"
+    known = PICTURES / "fonts.json"
+    if os.environ.get("SARM_PICTURES") == "1":
+        PICTURES.mkdir(exist_ok=True)
+        Image.fromarray(found.round().astype(np.uint8)).save(path, optimize=True)
+        known.write_text(json.dumps(fonts(page)) + "\n")
+        pytest.skip(f"{path} written")
+    expected = json.loads(known.read_text())
+    if fonts(page) != expected:
+        pytest.skip(f"other fonts: lines of {fonts(page)} pixels, the pictures have {expected}")
+    stored = np.asarray(Image.open(path).convert("RGB")).astype(float)
+    page.screenshot(path=tmp_path / "found.png")
+    assert differing(found, stored) <= SHARE, f"see {tmp_path / 'found.png'} beside {path}"
+    # what the comparison is worth: each of these must not pass
+    for harm in (
+        "#chart svg { visibility: hidden }",
+        "#sliders input { display: none }",
+        "section { background: rgb(128 64 64) !important }",
+        "body { font-size: 20px }",
+        "#steering { transform: translateX(2rem) }",
+    ):
+        style = page.evaluate_handle(
+            "text => document.adoptedStyleSheets.push(new CSSStyleSheet()) "
+            "&& document.adoptedStyleSheets.at(-1).replaceSync(text)",
+            harm,
+        )
+        style.dispose()
+        assert differing(cells(page), stored) > SHARE, harm
+        page.evaluate("document.adoptedStyleSheets.pop()")
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_where_its_parts_stand(opened, views, screen):
+    """Whatever the fonts: two columns on a laptop, one on a phone, nothing over anything else."""
+    page = staged(opened, views, screen, "light")
+    names = ("header", "#responses", "#steering", "#features")
+    left, top, right, bottom = np.array(
+        [
+            page.locator(name).evaluate(
+                "e => { const b = e.getBoundingClientRect(); "
+                "return [b.left, b.top + scrollY, b.right, b.bottom + scrollY]; }"
+            )
+            for name in names
+        ]
+    ).T
+    width = SCREENS[screen][0]
+    head, responses, steering, features = range(4)
+    assert (left[head], right[head], top[head]) == (0, width, 0)
+    assert (top[1:] >= bottom[head]).all()
+    assert bottom[responses] <= top[features]
+    if screen == "phone":
+        assert bottom[responses] <= top[steering]
+        assert bottom[steering] <= top[features]
+        assert (right - left >= 0.9 * width).all()
+    else:
+        assert top[steering] == top[responses]
+        assert max(right[responses], right[features]) <= left[steering]
+        assert right[steering] - left[steering] > 0.3 * width
+    chart = page.locator("#chart svg.histogram").bounding_box()
+    assert chart["width"] > 0.8 * (right[steering] - left[steering])
+    assert 0.3 < chart["height"] / chart["width"] < 0.5
+
+
+# ---- time -----------------------------------------------------------------------------------
+
+
+def test_the_first_view_takes_one_answer_and_few_bytes(opened):
+    """What bounds its time; the time itself is measured below, where machines are quiet."""
+    asked = []
+    page = opened(on_request=lambda request: asked.append(request))
+    paths = [urlsplit(request.url).path for request in asked]
+    assert [path for path in paths if path.startswith("/api")] == ["/api/start"]  # the preload's
+    assert len(paths) == len(set(paths)) <= 16
+    assert page.locator("#list > li").count() > 20
+    sizes = [request.sizes() for request in asked]
+    assert sum(size["responseBodySize"] for size in sizes) <= 96 * 1024
+
+
 @pytest.mark.slow
 def test_the_first_view_takes_under_a_second(opened):
-    """Not in a shared CI, whose machines are busy; a warm browser, a second page."""
+    """Not in a shared CI, whose machines are busy; a warm browser, the median of five pages."""
     opened()
-    start = time.perf_counter()
-    opened()
-    seconds = time.perf_counter() - start
-    print(f"first view, server start included: {seconds:.2f} s")
-    assert seconds < 1
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        opened()
+        seconds.append(time.perf_counter() - start)
+    print(f"first view, server start included: {sorted(seconds)[2]:.2f} s")
+    assert sorted(seconds)[2] < 1
 
 
 @pytest.mark.slow

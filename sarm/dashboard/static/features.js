@@ -97,7 +97,7 @@ function detail(found, label) {
     h("button", { type: "button", onclick: () => profile.add(found.id, label, found.weight) },
       `Steer feature ${found.id}`),
     found.labels.map((one) => h("p", {}, `${one.label} (${one.method}) ${one.explanation ?? ""}`)),
-    h("div", { class: "scroll" }, table("", ["", "value"], found.facts)),
+    h("div", { class: "scroll" }, table(`Statistics of feature ${found.id}`, ["what", "value"], found.facts)),
     contexts.length ? h("h3", {}, "Contexts") : null,
     h("ul", { class: "plain" }, contexts));
 }
