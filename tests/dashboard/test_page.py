@@ -109,11 +109,11 @@ def test_saved_profiles_are_loaded(opened, views):
     settled(page, lambda: slide(page, 0.5))
     page.fill("#profile-name", "half of it")
     page.click("#save-there")
-    status = page.locator("#save-status")
-    playwright.expect(status).to_have_text("Saved as half-of-it.yaml.")
-    text = f"features: [{{feature: 7, multiply: 4.5}}, {{feature: {other}, add: 0.25, clamp: [null, 2]}}]"
+    playwright.expect(page.locator("#save-status")).to_have_text("Saved as half-of-it.yaml.")
+    text = f"features: [{{feature: 7, multiply: 4.5}}, {{feature: {other}, clamp: [null, 2]}}]"
     (views.profiles_dir / "by-hand.yaml").write_text(text)
     page = opened()
+    status = page.locator("#save-status")
     score(page, "on a mat thanks")
     options = page.locator("#saved option")
     assert options.all_inner_texts() == ["by-hand.yaml", "half-of-it.yaml"]

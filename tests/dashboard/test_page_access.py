@@ -1,11 +1,9 @@
 """The page for everybody: names, keyboard, a phone, the dark, contrast."""
 
 import itertools
-from pathlib import Path
 
-import page_actions
 import pytest
-from page_actions import add_slider, pixels, playwright, ready, score, settled
+from page_actions import add_slider, audit, pixels, playwright, ready, score, settled
 
 
 def names_of_controls(page):
@@ -97,7 +95,6 @@ def test_a_token_is_asked_for(opened):
     ready(page)
 
 
-AUDIT = (Path(page_actions.__file__).parent / "page_audit.js").read_text("utf-8").partition("\n()")
 FULL = {"laptop": (1280, 900), "phone": (390, 844)}
 
 
@@ -113,10 +110,6 @@ def everything_open(page):
     page.fill("#feature-number", "99")
     page.locator("#feature-number").press("Enter")
     page.wait_for_selector("#shift-status.bad")
-
-
-def audit(page):
-    return page.evaluate("()" + AUDIT[2])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

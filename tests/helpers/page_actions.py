@@ -2,6 +2,7 @@
 
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,3 +49,11 @@ def slide(page, value):
 def pixels(locator):
     """(H, W, 3) of a screenshot."""
     return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("RGB")).astype(int)
+
+
+AUDIT = Path(__file__).with_name("page_audit.js").read_text("utf-8")
+
+
+def audit(page):
+    """{"found": violations of rules of accessibility, a line each, "texts": how many were seen}."""
+    return page.evaluate(AUDIT.partition("\n() =>")[1] + AUDIT.partition("\n() =>")[2])
