@@ -142,6 +142,9 @@ class FeatureStore:
             raise
 
     def _prepare(self) -> None:
+        self._db.create_function(
+            "joined", 1, lambda tokens: "".join(json.loads(tokens)), deterministic=True
+        )
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
         if version > VERSION or (tables and not version):
@@ -172,6 +175,8 @@ class FeatureStore:
             yield
         except sqlite3.OperationalError as error:
             raise InputError(f"{self.path}: cannot be used now ({error})") from error
+        except OverflowError as error:
+            raise InputError(f"{self.path}: a number beyond 64 bits ({error})") from error
         except sqlite3.DatabaseError as error:
             raise InputError(
                 f"{self.path}: not a feature database, or damaged ({error})"
@@ -197,6 +202,21 @@ class FeatureStore:
         """All rows of a query."""
         with self._lock, self._readable():
             return self._db.execute(query, values).fetchall()
+
+    def alone(self) -> bool:
+        """Whether nobody else has the file open: SQLite leaves the WAL mode only then."""
+        with self._lock:
+            if self._db.in_transaction:
+                return False
+            try:
+                self._db.execute("PRAGMA busy_timeout=0")
+                mode = self._db.execute("PRAGMA journal_mode=DELETE").fetchone()[0]
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return mode == "delete"
+            except sqlite3.OperationalError:  # locked
+                return False
+            finally:
+                self._db.execute(f"PRAGMA busy_timeout={int(1000 * BUSY_SECONDS)}")
 
     def close(self) -> None:
         """Close the file; what was committed is in it."""
@@ -333,9 +353,9 @@ class FeatureStore:
                 "ORDER BY feature LIMIT ?",
                 (*like, limit),
             )
-            contexts = self.rows(
+            contexts = self.rows(  # joined: a word may be several tokens
                 f"SELECT feature, 'context', tokens FROM context WHERE "
-                f"{' AND '.join('tokens LIKE ?' for _ in like)} GROUP BY feature "
+                f"{' AND '.join('joined(tokens) LIKE ?' for _ in like)} GROUP BY feature "
                 "ORDER BY max(activation) DESC, feature LIMIT ?",
                 (*like, limit),
             )

@@ -52,7 +52,10 @@ def read_profile(
         raise FileNotFoundError(f"{path}: no such file")
     try:
         fields = yaml.load(path.read_text("utf-8"), Loader=_loader())  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date like 2001-99-99
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as error:  # ValueError: not UTF-8, or a date like 2001-99-99
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
