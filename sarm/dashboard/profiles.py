@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import unicodedata
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 from sarm.errors import InputError
 from sarm.modeling import SarmForSequenceClassification
 from sarm.steering import SteeringProfile
-from sarm.steering.files import features_fingerprint, profile_fields, profile_from_fields
+from sarm.steering.files import features_fingerprint, profile_from_fields, profile_yaml
 from sarm.steering.files import read_profile as read_file
 from sarm.steering.files import write_profile as write_file
 from sarm.steering.labels import FeatureNames
@@ -42,14 +41,7 @@ def read_profile(fields: Any, model: SarmForSequenceClassification) -> SteeringP
 
 def as_yaml(profile: SteeringProfile, model: SarmForSequenceClassification) -> str:
     """The file of a profile, with the fingerprint of the features it speaks of."""
-    import yaml
-
-    fields = profile_fields(replace(profile, model=features_fingerprint(model)))
-    out = io.StringIO()
-    yaml.safe_dump(
-        fields, out, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
-    )
-    return out.getvalue()
+    return profile_yaml(replace(profile, model=features_fingerprint(model)))
 
 
 def file_name(name: str) -> str:

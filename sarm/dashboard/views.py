@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -58,6 +59,7 @@ class Views:
         self.profiles_dir = profiles_dir
         self._weights = scorer.model.score.weight[0].detach().float().cpu()
         self._linear = own_profile(scorer.model) is None
+        self._saving = threading.Lock()
         self._names: dict[int, str] = {}
         self._names_at: tuple | None = None
 
@@ -135,7 +137,8 @@ class Views:
         profile = profiles.read_profile(fields, self.scorer.model)
         if not profile.changes and profile.when is None:
             raise InputError("profile: changes nothing; expected features")
-        path = profiles.save(profile, self.scorer.model, self.profiles_dir, overwrite)
+        with self._saving:  # between two requests for one name, the second finds the first's file
+            path = profiles.save(profile, self.scorer.model, self.profiles_dir, overwrite)
         return {"name": path.name}
 
     def profiles(self) -> dict[str, Any]:

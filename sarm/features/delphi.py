@@ -64,14 +64,16 @@ def export_delphi(
     for name, count in counts.items():
         if count < 1:
             raise InputError(f"{name} must be at least 1, got {count}")
+    if scorer.tokenizer is None:
+        raise InputError("export: the model has no tokenizer; delphi's cache is of its tokens")
     if out.exists():
         raise InputError(f"{out}: exists already; choose another folder")
     n_latents = scorer.model.sae.n_latents
     tokens: list[list[int]] = []
     places: list[np.ndarray] = []
     values: list[np.ndarray] = []
-    pad = scorer.tokenizer.pad_token_id
-    pad = scorer.tokenizer.eos_token_id if pad is None else pad
+    fillers = (scorer.tokenizer.pad_token_id, scorer.tokenizer.eos_token_id)
+    pad = next((token for token in fillers if token is not None), 0)
     records = read_all(sources, bad)
     while len(tokens) < responses and (some := list(itertools.islice(records, block))):
         rows: list[list[int]] = []

@@ -75,19 +75,23 @@ def read_profile(
 
 def write_profile(profile: SteeringProfile, path: str | Path) -> None:
     """A profile as a file that `read_profile` reads back to the same numbers."""
-    import yaml
-
     from sarm.checkpoint import replace_file
 
     with replace_file(path) as file:
-        yaml.safe_dump(
-            profile_fields(profile),
-            file,
-            sort_keys=False,
-            allow_unicode=True,
-            default_flow_style=None,  # a feature on a line
-            width=110,
-        )
+        file.write(profile_yaml(profile))
+
+
+def profile_yaml(profile: SteeringProfile) -> str:
+    """A profile as the text of a file."""
+    import yaml
+
+    return yaml.safe_dump(
+        profile_fields(profile),
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=None,  # a feature on a line
+        width=110,
+    )
 
 
 def features_fingerprint(model: SarmForSequenceClassification) -> str:

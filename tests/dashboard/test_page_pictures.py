@@ -112,7 +112,13 @@ def test_it_looks_as_in_the_stored_picture(opened, views, screen, scheme, tmp_pa
     stored = np.asarray(Image.open(path).convert("RGB")).astype(float)
     page.screenshot(path=tmp_path / "found.png")
     assert differing(found, stored) <= SHARE, f"see {tmp_path / 'found.png'} beside {path}"
-    # what the comparison is worth: each of these must not pass
+
+
+def test_the_comparison_of_pictures_sees_what_is_wrong(opened, views):
+    """Against a picture of the same run: small harm must not pass, whatever the fonts."""
+    page = staged(opened, views, "laptop", "light")
+    stored = cells(page)
+    assert differing(cells(page), stored) == 0
     for harm in (
         "#chart svg { visibility: hidden }",
         "#sliders input { display: none }",

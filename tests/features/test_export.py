@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny_sarm
 from safetensors import safe_open
 
 from sarm.data import read_preferences
@@ -124,3 +125,19 @@ def test_bad_exports(database, scorer, pairs, tmp_path):
     with pytest.raises(InputError, match="window must be at least 1, got 0"):
         export_delphi(scorer, [str(pairs)], tmp_path / "new", window=0)
     assert not (tmp_path / "new").exists()
+
+
+def test_delphi_without_padding_token_and_without_tokenizer(scorer, pairs, tmp_path):
+    import copy
+
+    import sarm
+
+    bare = copy.deepcopy(scorer.tokenizer)
+    bare.pad_token = bare.eos_token = None
+    short = tiny_sarm.write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "response": "a"}])
+    # the turn's end is no special token of this tokenizer then: only the filling is of interest
+    filled = sarm.SARMScorer(scorer.model, bare)
+    assert export_delphi(filled, [str(short)], tmp_path / "out", window=64) == 1
+    none = sarm.SARMScorer(scorer.model, None)
+    with pytest.raises(InputError, match="tokenizer"):
+        export_delphi(none, [str(short)], tmp_path / "other")
