@@ -72,8 +72,8 @@ def export_delphi(
     tokens: list[list[int]] = []
     places: list[np.ndarray] = []
     values: list[np.ndarray] = []
-    fillers = (scorer.tokenizer.pad_token_id, scorer.tokenizer.eos_token_id)
-    pad = next((token for token in fillers if token is not None), 0)
+    pad = scorer.tokenizer.pad_token_id
+    pad = scorer.tokenizer.eos_token_id if pad is None else pad  # without either, none is encoded
     records = read_all(sources, bad)
     while len(tokens) < responses and (some := list(itertools.islice(records, block))):
         rows: list[list[int]] = []

@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
-import tiny_sarm
 from safetensors import safe_open
 
+import sarm
 from sarm.data import read_preferences
 from sarm.errors import InputError
 from sarm.features import FeatureStore
@@ -127,17 +127,8 @@ def test_bad_exports(database, scorer, pairs, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_delphi_without_padding_token_and_without_tokenizer(scorer, pairs, tmp_path):
-    import copy
-
-    import sarm
-
-    bare = copy.deepcopy(scorer.tokenizer)
-    bare.pad_token = bare.eos_token = None
-    short = tiny_sarm.write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "response": "a"}])
-    # the turn's end is no special token of this tokenizer then: only the filling is of interest
-    filled = sarm.SARMScorer(scorer.model, bare)
-    assert export_delphi(filled, [str(short)], tmp_path / "out", window=64) == 1
+def test_delphi_without_a_tokenizer(scorer, pairs, tmp_path):
     none = sarm.SARMScorer(scorer.model, None)
     with pytest.raises(InputError, match="tokenizer"):
-        export_delphi(none, [str(short)], tmp_path / "other")
+        export_delphi(none, [str(pairs)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
