@@ -21,7 +21,8 @@ app = typer.Typer(
     help="Reward models that explain themselves: train, score, explain, steer.",
 )
 # a pipe or a file has no width: 80 columns would break tables for nothing
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+# no markup: file names and labels may hold brackets
+stdout = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from sarm.cli.app import app, stdout
@@ -77,8 +76,8 @@ def evaluate(
     table.columns[0].no_wrap = True
     for before, result in zip([None, *results], results, strict=False):
         if before is None or before.benchmark != result.benchmark:
-            table.add_row(f"[bold]{escape(result.benchmark)}[/]")
-        table.add_row(*map(escape, [f"  {result.measure}", *report.cells(result)[2:]]))
+            table.add_row(result.benchmark, style="bold")
+        table.add_row(f"  {result.measure}", *report.cells(result)[2:])
     stdout.print(table)
     if out:
         settings = {

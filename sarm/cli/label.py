@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from sarm.cli.app import stdout
@@ -149,6 +148,8 @@ def _offline(store: FeatureStore, chosen: list[int], sampling: Sampling, dry_run
 
 def _examples(store: FeatureStore, method: str, features: list[int], count: int = 10) -> None:
     """The first few labels; what they say is data, not markup."""
+    from sarm.interpret.terminal import literal
+
     table = Table("feature", "label", "score", "detection", "95 %", box=None)
     table.columns[1].max_width = 70
     labels = {label.feature: label for label in store.labels(method=method)}
@@ -157,7 +158,7 @@ def _examples(store: FeatureStore, method: str, features: list[int], count: int 
         interval = (found.details.get("detection") or {}).get("interval")
         table.add_row(
             str(feature),
-            escape(found.label),
+            literal(found.label),
             "" if found.score is None else f"{found.score:.0f}",
             "" if found.detection is None else f"{found.detection:.2f}",
             f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from sarm.cli.app import app, stdout
@@ -248,7 +247,7 @@ def evaluate(
     ):
         rows = Table(*titles, box=None)
         for line in lines:
-            rows.add_row(*map(escape, line))
+            rows.add_row(*line)
         stdout.print(rows)
         stdout.print()
     if out:

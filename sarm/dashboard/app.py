@@ -9,8 +9,9 @@ and a POST must declare JSON, which no form can.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from typing import Any, Literal
 
@@ -41,6 +42,8 @@ TYPES = {
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
 }
+#: Tells a browser to ask for the first answers at once.
+PRELOAD = "</api/start>; rel=preload; as=fetch; crossorigin=anonymous"
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; object-src 'none'",
@@ -149,11 +152,17 @@ class Dashboard:
         app = FastAPI(title="sarm dashboard", docs_url=None, redoc_url=None, openapi_url=None)
         app.add_middleware(_Guard, dashboard=self)
         for path, content, kind in _assets():
-            app.add_api_route(path, _asset(content, kind), methods=["GET", "HEAD"], name=path)
+            # the answer that the page waits for is asked for before its scripts have arrived; with
+            # a token the browser could not, for it sends none by itself
+            headers = {"Link": PRELOAD} if path == "/" and self._token is None else {}
+            app.add_route(path, _asset(content, kind, headers), methods=["GET"])
         for path, call in (
+            ("/api/start", self._start),
             ("/api/about", self._about),
             ("/api/features", self._features),
             ("/api/features/{id}", self._feature),
+            ("/api/profiles", self._profiles),
+            ("/api/profiles/{name}", self._load),
         ):
             app.add_api_route(path, call, methods=["GET"])
         for path, body in POSTS.items():
@@ -161,6 +170,9 @@ class Dashboard:
         app.add_exception_handler(HttpError, refuse)
         app.add_exception_handler(HTTPException, refuse)
         return app
+
+    async def _start(self, request: Request) -> Response:
+        return await self._answer(request, self.views.start)
 
     async def _about(self, request: Request) -> Response:
         return await self._answer(request, self.views.about)
@@ -173,6 +185,12 @@ class Dashboard:
 
     async def _feature(self, request: Request) -> Response:
         return await self._answer(request, self.views.feature, _whole(request.path_params, "id", 0))
+
+    async def _profiles(self, request: Request) -> Response:
+        return await self._answer(request, self.views.profiles)
+
+    async def _load(self, request: Request) -> Response:
+        return await self._answer(request, self.views.load, request.path_params["name"])
 
     def _post(self, path: str, body: type[_Body]):
         async def endpoint(request: Request) -> Response:
@@ -271,15 +289,20 @@ def _whole(fields, name: str, default: int, most: int = 2**31) -> int:
 
 def _assets() -> Iterable[tuple[str, bytes, str]]:
     """(path, content, media type) of every file of the page, read once."""
-    for file in resources.files("sarm.dashboard").joinpath("static").iterdir():
+    shared = resources.files("sarm.interpret").joinpath("strip.js")
+    for file in (*resources.files("sarm.dashboard").joinpath("static").iterdir(), shared):
         kind = TYPES.get(file.name.rpartition(".")[2])
         if kind is not None:
             path = "/" if file.name == "index.html" else f"/static/{file.name}"
             yield path, file.read_bytes(), kind
 
 
-def _asset(content: bytes, kind: str):
-    async def endpoint() -> Response:
-        return Response(content, media_type=kind)
+def _asset(content: bytes, kind: str, headers: Mapping[str, str]):
+    tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+
+    async def endpoint(request: Request) -> Response:
+        if tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers={**headers, "ETag": tag})
+        return Response(content, media_type=kind, headers={**headers, "ETag": tag})
 
     return endpoint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import unicodedata
 from dataclasses import replace
@@ -12,10 +11,14 @@ from typing import Any
 from sarm.errors import InputError
 from sarm.modeling import SarmForSequenceClassification
 from sarm.steering import SteeringProfile
-from sarm.steering.files import features_fingerprint, profile_fields, profile_from_fields
+from sarm.steering.files import features_fingerprint, profile_from_fields, profile_yaml
+from sarm.steering.files import read_profile as read_file
 from sarm.steering.files import write_profile as write_file
+from sarm.steering.labels import FeatureNames
 
 LONGEST_NAME = 80
+#: Profiles listed, and bytes of one.
+MOST, LARGEST = 500, 2**20
 
 
 def read_profile(fields: Any, model: SarmForSequenceClassification) -> SteeringProfile:
@@ -38,14 +41,7 @@ def read_profile(fields: Any, model: SarmForSequenceClassification) -> SteeringP
 
 def as_yaml(profile: SteeringProfile, model: SarmForSequenceClassification) -> str:
     """The file of a profile, with the fingerprint of the features it speaks of."""
-    import yaml
-
-    fields = profile_fields(replace(profile, model=features_fingerprint(model)))
-    out = io.StringIO()
-    yaml.safe_dump(
-        fields, out, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
-    )
-    return out.getvalue()
+    return profile_yaml(replace(profile, model=features_fingerprint(model)))
 
 
 def file_name(name: str) -> str:
@@ -61,6 +57,31 @@ def file_name(name: str) -> str:
     if len(slug) > LONGEST_NAME:
         raise InputError(f"name: at most {LONGEST_NAME} characters, got {len(slug)}")
     return f"{slug}.yaml"
+
+
+def saved(folder: Path) -> list[str]:
+    """Names of the profile files in `folder`, at most MOST of them; links are left out."""
+    if not folder.is_dir():
+        return []
+    files = (p for p in folder.iterdir() if p.suffix in (".yaml", ".yml") and not p.is_symlink())
+    return sorted(p.name for p in files if p.is_file())[:MOST]
+
+
+def load(
+    name: str, folder: Path, model: SarmForSequenceClassification, names: FeatureNames | None
+) -> SteeringProfile:
+    """The profile in the file `name` of `folder`.
+
+    Raises:
+        InputError: no such file there, one larger than a request may be, or as
+        `sarm.steering.read_profile`.
+    """
+    if name not in saved(folder):  # a name of the list: no path
+        raise InputError(f"profiles: there is no {name[:LONGEST_NAME]!r}")
+    path = folder / name
+    if path.stat().st_size > LARGEST:
+        raise InputError(f"{name}: is larger than {LARGEST} bytes")
+    return read_file(path, names=names, model=model)
 
 
 def save(

@@ -60,6 +60,8 @@ class EvaluationSet:
         self.accuracies = self._accuracies(self.before)
         # conversions that are made once, not at a slider's first move
         self._chosen, self._pairs = latents.chosen, latents.pairs
+        #: What every page begins with.
+        self.unsteered = self.shift(SteeringProfile())
 
     def about(self) -> dict[str, Any]:
         """What a list of sets shows."""

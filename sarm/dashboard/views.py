@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,9 @@ from sarm.interpret.attribution import named
 from sarm.interpret.html import facts
 from sarm.interpret.trace import trace
 from sarm.scorer import SARMScorer
+from sarm.steering.files import profile_fields
 from sarm.steering.heads import own_profile
+from sarm.steering.labels import FeatureNames
 from sarm.tokens import Message
 
 #: Features listed for a response: all active ones of any TopK SARM known, and a bound for others.
@@ -24,7 +27,8 @@ LISTED = 512
 CONTEXTS = {"top": 12, "sample": 6}
 #: Without a feature database there is nothing else to sort by.
 HEAD_ORDERS = ("weight", "id")
-PAGE = 200
+#: Features that one answer may list, and those that a page begins with.
+PAGE, FIRST_PAGE = 200, 50
 
 
 class Views:
@@ -55,6 +59,7 @@ class Views:
         self.profiles_dir = profiles_dir
         self._weights = scorer.model.score.weight[0].detach().float().cpu()
         self._linear = own_profile(scorer.model) is None
+        self._saving = threading.Lock()
         self._names: dict[int, str] = {}
         self._names_at: tuple | None = None
 
@@ -71,6 +76,17 @@ class Views:
             "orders": list(ORDERS if self.store else HEAD_ORDERS),
             "sets": [one.about() for one in self.sets],
             "saves": self.profiles_dir is not None,
+        }
+
+    def start(self) -> dict[str, Any]:
+        """`about`, the first page of features and the first set unsteered: a page's first view."""
+        order = "contribution" if self.store else "weight"
+        return {
+            "about": self.about(),
+            "order": order,
+            "features": self.features("", order, 0, FIRST_PAGE),
+            "shift": self.sets[0].unsteered if self.sets else None,
+            **self.profiles(),
         }
 
     # ---- responses -------------------------------------------------------------------------
@@ -121,8 +137,25 @@ class Views:
         profile = profiles.read_profile(fields, self.scorer.model)
         if not profile.changes and profile.when is None:
             raise InputError("profile: changes nothing; expected features")
-        path = profiles.save(profile, self.scorer.model, self.profiles_dir, overwrite)
+        with self._saving:  # between two requests for one name, the second finds the first's file
+            path = profiles.save(profile, self.scorer.model, self.profiles_dir, overwrite)
         return {"name": path.name}
+
+    def profiles(self) -> dict[str, Any]:
+        """File names of the saved profiles."""
+        return {"profiles": profiles.saved(self.profiles_dir) if self.profiles_dir else []}
+
+    def load(self, name: str) -> dict[str, Any]:
+        """A saved profile: the mapping of its file, and what its features are called and weigh."""
+        if self.profiles_dir is None:
+            raise InputError("profiles: there are none; start with --profiles DIR")
+        names = FeatureNames.of_database(self.store.path) if self.store else None
+        profile = profiles.load(name, self.profiles_dir, self.scorer.model, names)
+        labels = self.names()
+        known = {
+            j: {"label": labels.get(j), "weight": self._weights[j].item()} for j in profile.changes
+        }
+        return {"file": name, "profile": profile_fields(profile), "known": known}
 
     # ---- features --------------------------------------------------------------------------
 

@@ -102,8 +102,11 @@ def collect(
         raise InputError("features: a SARM with activation 'none' has no sparse features")
     if not sources:
         raise InputError("features: no input")
+    if scorer.tokenizer is None:
+        raise InputError("features: the model has no tokenizer; contexts are text")
     names = [str(source) for source in sources]
-    if overwrite:
+    if overwrite and Path(out).exists():
+        _check_usable(names, bad)  # before what is there is given up for it
         remove(out)
     fresh = not Path(out).exists()
     with FeatureStore(out, "rw") as store:
@@ -111,11 +114,23 @@ def collect(
         try:
             run.everything(bad, progress)
         except BaseException:
-            if fresh and not run.rows:
+            if fresh and not run.rows and store.alone():
                 store.close()
                 remove(out)
             raise
         return run.report(bad)
+
+
+def _check_usable(sources: list[str], bad: BadRecords) -> None:
+    """Raise what the first record raises; with `bad.skip`, unless a later one is usable."""
+    trial = BadRecords(skip=bad.skip)
+    for record in read_all(sources, trial):
+        try:
+            responses_of(record)
+            return
+        except InputError as error:
+            trial.report(str(error))
+    raise InputError(f"{', '.join(sources)}: no usable response")
 
 
 def remove(path: str | Path) -> None:

@@ -64,6 +64,8 @@ def export_delphi(
     for name, count in counts.items():
         if count < 1:
             raise InputError(f"{name} must be at least 1, got {count}")
+    if scorer.tokenizer is None:
+        raise InputError("export: the model has no tokenizer; delphi's cache is of its tokens")
     if out.exists():
         raise InputError(f"{out}: exists already; choose another folder")
     n_latents = scorer.model.sae.n_latents
@@ -71,7 +73,7 @@ def export_delphi(
     places: list[np.ndarray] = []
     values: list[np.ndarray] = []
     pad = scorer.tokenizer.pad_token_id
-    pad = scorer.tokenizer.eos_token_id if pad is None else pad
+    pad = scorer.tokenizer.eos_token_id if pad is None else pad  # without either, none is encoded
     records = read_all(sources, bad)
     while len(tokens) < responses and (some := list(itertools.islice(records, block))):
         rows: list[list[int]] = []

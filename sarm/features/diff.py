@@ -30,7 +30,8 @@ class FeatureDifference:
     """One feature in both: frequencies, mean activations where active, mean contributions.
 
     z: of the frequencies' difference, second minus first.  partner: in the second model, with the
-    cosine of the decoder rows; the same feature and None for one model.
+    cosine of the decoder rows; the same feature and None for one model.  label: the first
+    database's, or else that of the partner in the second.
     """
 
     feature: int
@@ -72,7 +73,7 @@ def diff(
             raise InputError(f"{store.path}: collecting has not been finished")
     sides = [{f.id: f for f in store.features("id", alive=False)} for store in (first, second)]
     n = [int(meta["rows"]) for meta in metas]
-    labels = second.names() | first.names()
+    labels, others = first.names(), second.names()
     if decoders is None:
         if metas[0]["features"] != metas[1]["features"]:
             raise InputError(
@@ -83,7 +84,7 @@ def diff(
     else:
         pairs = matched(*decoders)
     found = [
-        _difference(sides[0][i], sides[1][j], n, cosine, mutual, labels.get(i))
+        _difference(sides[0][i], sides[1][j], n, cosine, mutual, labels.get(i) or others.get(j))
         for i, (j, cosine, mutual) in pairs.items()
         if sides[0][i].rows or sides[1][j].rows
     ]

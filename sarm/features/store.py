@@ -143,6 +143,9 @@ class FeatureStore:
             raise
 
     def _prepare(self) -> None:
+        self._db.create_function(
+            "joined", 1, lambda tokens: "".join(json.loads(tokens)), deterministic=True
+        )
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
         if version > VERSION or (tables and not version):
@@ -173,6 +176,8 @@ class FeatureStore:
             yield
         except sqlite3.OperationalError as error:
             raise InputError(f"{self.path}: cannot be used now ({error})") from error
+        except OverflowError as error:
+            raise InputError(f"{self.path}: a number beyond 64 bits ({error})") from error
         except sqlite3.DatabaseError as error:
             raise InputError(
                 f"{self.path}: not a feature database, or damaged ({error})"
@@ -203,6 +208,21 @@ class FeatureStore:
         """All rows of a query."""
         with self._lock, self._readable():
             return self._db.execute(query, values).fetchall()
+
+    def alone(self) -> bool:
+        """Whether nobody else has the file open: SQLite leaves the WAL mode only then."""
+        with self._lock:
+            if self._db.in_transaction:
+                return False
+            try:
+                self._db.execute("PRAGMA busy_timeout=0")
+                mode = self._db.execute("PRAGMA journal_mode=DELETE").fetchone()[0]
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return mode == "delete"
+            except sqlite3.OperationalError:  # locked
+                return False
+            finally:
+                self._db.execute(f"PRAGMA busy_timeout={int(1000 * BUSY_SECONDS)}")
 
     def close(self) -> None:
         """Close the file; what was committed is in it."""
@@ -342,9 +362,9 @@ class FeatureStore:
                 "ORDER BY feature LIMIT ?",
                 (*like, limit),
             )
-            contexts = self.rows(
-                f"SELECT feature, 'context', tokens FROM span s JOIN context c ON c.span = s.id "
-                f"WHERE kind = 'top' AND {' AND '.join('tokens LIKE ?' for _ in like)} "
+            contexts = self.rows(  # joined: a word may be several tokens
+                "SELECT feature, 'context', tokens FROM span s JOIN context c ON c.span = s.id "
+                f"WHERE kind = 'top' AND {' AND '.join('joined(tokens) LIKE ?' for _ in like)} "
                 "GROUP BY feature "
                 "ORDER BY max(activation) DESC, feature LIMIT ?",
                 (*like, limit),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -49,8 +51,13 @@ def explain_file(
         overwrite=overwrite,
         progress=progress,
         make=partial(_explain_block, top=top, names=names or {}),
-        settings={"explanations": top, "labels": len(names or {})},
+        settings={"explanations": top, "labels": _digest(names or {})},
     )
+
+
+def _digest(names: Mapping[int, str]) -> str:
+    """Names the labels: lines with others belong to another run."""
+    return hashlib.sha256(json.dumps(sorted(names.items())).encode()).hexdigest()[:16]
 
 
 def explanation_line(explanation: Explanation) -> dict:

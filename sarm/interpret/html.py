@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from sarm.explanation import Explanation
@@ -43,50 +44,19 @@ output { display: block; min-height: 3em; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 """
 
-SCRIPT = """
-"use strict";
+#: A module: strip.js as it is, and what finds the strips of a page.
+SCRIPT = (
+    files("sarm.interpret").joinpath("strip.js").read_text("utf-8")
+    + """
 const strips = JSON.parse(document.getElementById("strips").textContent);
-const number = (x) => (x < 0 ? "\\u2212" : "+") + Math.abs(x).toPrecision(4);
 document.querySelectorAll("section.strip").forEach((section, at) => {
-  const series = strips[at];
-  const tokens = [...section.querySelectorAll(".tokens span")];
-  const told = section.querySelector("output");
-  let shown = 0;
-  const paint = () => {
-    const values = series[shown].values;
-    const largest = Math.max(1e-30, ...values.map(Math.abs));
-    tokens.forEach((token, i) => {
-      const side = values[i] < 0 ? "--neg" : "--pos";
-      token.style.backgroundColor = values[i]
-        ? `rgb(var(${side}) / ${(0.6 * Math.abs(values[i])) / largest})` : "";
-    });
-  };
-  const tell = (i) => {
-    told.textContent = `token ${i + 1} of ${tokens.length}: ` + JSON.stringify(
-      tokens[i].textContent) + "; " + series.map((s, j) => [s, j])
-      .filter(([s, j]) => j === shown || j === 0)
-      .map(([s]) => `${s.name}: ${number(s.values[i])}`).join("; ");
-  };
-  section.querySelectorAll("input").forEach((input) => input.addEventListener("change", () => {
-    shown = Number(input.value);
-    paint();
-  }));
-  tokens.forEach((token, i) => {
-    token.addEventListener("focus", () => tell(i));
-    token.addEventListener("pointerenter", () => tell(i));
-    token.addEventListener("keydown", (event) => {
-      const keys = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: tokens.length - 1 };
-      const to = keys[event.key];
-      if (to === undefined || !tokens[to]) return;
-      event.preventDefault();
-      token.tabIndex = -1;
-      tokens[to].tabIndex = 0;
-      tokens[to].focus();
-    });
-  });
-  paint();
+  const show = strip(
+    [...section.querySelectorAll(".tokens span")], section.querySelector("output"), strips[at]);
+  section.querySelectorAll("input").forEach((input) =>
+    input.addEventListener("change", () => show(Number(input.value))));
 });
 """
+)
 
 
 @dataclass(frozen=True)
@@ -241,7 +211,7 @@ def _page(title: str, body: str, strips: Sequence[Strip] = ()) -> str:
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
         f"<h1>{escape(title)}</h1>{sections}{body}</main>"
         f'<script type="application/json" id="strips">{_json(data)}</script>'
-        f"<script>{SCRIPT}</script></body></html>\n"
+        f'<script type="module">{SCRIPT}</script></body></html>\n'
     )
 
 

@@ -29,6 +29,8 @@ except ImportError as error:
 DEFAULT_URL = "https://api.openai.com/v1"
 #: The client's own bound on Retry-After, seconds.
 MAX_RETRY_AFTER = 120.0
+#: Bytes of an answer that are read: thoughts of 100,000 tokens fit, a stream without end does not.
+MAX_ANSWER_BYTES = 4 * 2**20
 #: Settings that some models refuse; they are left out when an endpoint says so.
 OPTIONAL = ("temperature", "seed", "max_tokens")
 
@@ -133,6 +135,17 @@ class Endpoint:
             base_url=settings.base_url,
             timeout=settings.timeout,
             max_retries=settings.retries,
+            default_headers={"Accept-Encoding": "identity"},  # or its size would be of the zipped
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [self._bound]}),
+        )
+
+    async def _bound(self, response: Any) -> None:
+        """Lets an answer be read up to MAX_ANSWER_BYTES."""
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise EndpointError(f"{self._where}: the answer is compressed, which was not asked for")
+        response.stream = _bounded(
+            response.stream,
+            EndpointError(f"{self._where}: the answer is larger than {MAX_ANSWER_BYTES} bytes"),
         )
 
     async def __aenter__(self) -> Endpoint:
@@ -180,7 +193,7 @@ class Endpoint:
         self.usage.retries += raw.retries_taken
         try:
             body = raw.http_response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise EndpointError(f"{self._where}: the answer is not JSON") from None
         return self._content(body)
 
@@ -191,7 +204,7 @@ class Endpoint:
             told = body.get("usage") or {}
             self.usage.tokens_in += int(told.get("prompt_tokens") or 0)
             self.usage.tokens_out += int(told.get("completion_tokens") or 0)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
             raise EndpointError(f"{self._where}: the answer is no chat completion") from None
         reason = choice.get("finish_reason")
         if reason == "content_filter":
@@ -221,6 +234,8 @@ class Endpoint:
         if isinstance(error, openai.APITimeoutError):
             line = f"{where}: no answer in {self.settings.timeout:g} s, {retries + 1} times"
             return EndpointError(line)
+        if isinstance(error.__cause__, EndpointError):  # of `_bound`
+            return error.__cause__
         if isinstance(error, openai.APIConnectionError):
             why = first_line(error.__cause__ or error)
             return EndpointError(f"{where}: cannot be reached ({self._safe(why)})")
@@ -247,3 +262,27 @@ class Endpoint:
 
     def __repr__(self) -> str:
         return f"Endpoint({self.settings.model!r} at {self.settings.base_url!r})"
+
+
+def _bounded(stream: Any, problem: EndpointError) -> Any:
+    """The stream of a body, that raises `problem` beyond MAX_ANSWER_BYTES.
+
+    The client's HTTP library (httpx, or its successor) takes only streams of its own class.
+    """
+
+    class Bounded(type(stream)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            pass
+
+        async def __aiter__(self):
+            size = 0
+            async for part in stream:
+                size += len(part)
+                if size > MAX_ANSWER_BYTES:
+                    raise problem
+                yield part
+
+        async def aclose(self) -> None:
+            await stream.aclose()
+
+    return Bounded()

@@ -23,6 +23,7 @@ import numpy as np
 from sarm.features import Context, Feature, FeatureStore
 from sarm.labels.contexts import Sampling, Splits
 from sarm.labels.detection import judged
+from sarm.labels.prompts import clean
 from sarm.labels.records import Records
 
 METHOD = "offline"
@@ -121,8 +122,8 @@ def label_offline(
             known = store.feature(feature)
             records.add(
                 feature,
-                MARK + " · ".join([*named.terms, *traits(known)]),
-                _explanation(named, known),
+                clean(MARK + " · ".join([*named.terms, *traits(known)])),
+                clean(_explanation(named, known)),
                 None,  # how consistent contexts are takes a reader
                 detection.accuracy,
                 {

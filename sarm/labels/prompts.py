@@ -21,6 +21,9 @@ VERSION = "1"
 MAX_EXPLANATION = 600
 #: Longest label (the explanation's beginning), characters.
 MAX_LABEL = 100
+#: Longest answer that is read, without its thoughts, and that is quoted back as unreadable,
+#: characters. The patterns below take time with the square of what does not match them.
+MAX_ANSWER, MAX_QUOTED = 4000, 2000
 
 Messages = list[dict[str, str]]
 
@@ -50,7 +53,7 @@ def reminded(messages: Messages, answer: str, name: str) -> Messages:
     """The same question once more, after an answer that could not be read."""
     return [
         *messages,
-        {"role": "assistant", "content": answer},
+        {"role": "assistant", "content": clipped(answer, MAX_QUOTED)},
         {"role": "user", "content": text(f"{name}_reminder")},
     ]
 
@@ -121,8 +124,15 @@ def _quoted(words: str) -> str:
 
 
 def _without_thoughts(answer: str) -> str:
-    """Without what reasoning models write before they answer."""
-    return re.sub(r"<think(?:ing)?>.*?</think(?:ing)?>", "", answer, flags=re.DOTALL)
+    """What comes after the thoughts of a reasoning model, which may not say where they begin.
+
+    Raises:
+        Nonsense: that is longer than an answer may be.
+    """
+    answer = re.split("</think(?:ing)?>", answer)[-1]
+    if len(answer) > MAX_ANSWER:
+        raise Nonsense(f"the answer has {len(answer)} characters: {clipped(answer[:200], 80)!r}")
+    return answer
 
 
 def _chat(system: str, user: str) -> Messages:

@@ -13,6 +13,7 @@ when: {weights: {12: 0.3, 77: 1.1}, above: 1.5, slope: 0.4}
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,11 +52,16 @@ def read_profile(
         raise FileNotFoundError(f"{path}: no such file")
     try:
         fields = yaml.load(path.read_text("utf-8"), Loader=_loader())  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as error:  # ValueError: not UTF-8, or a date like 2001-99-99
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
         raise InputError(f"{path}{line}: not YAML ({problem})") from error
+    except RecursionError:
+        raise InputError(f"{path}: not YAML (nested too deeply)") from None
     profile = profile_from_fields(fields, str(path), names)
     if model is not None:
         profile.check_features(model.sae.n_latents, str(path))
@@ -69,19 +75,23 @@ def read_profile(
 
 def write_profile(profile: SteeringProfile, path: str | Path) -> None:
     """A profile as a file that `read_profile` reads back to the same numbers."""
-    import yaml
-
     from sarm.checkpoint import replace_file
 
     with replace_file(path) as file:
-        yaml.safe_dump(
-            profile_fields(profile),
-            file,
-            sort_keys=False,
-            allow_unicode=True,
-            default_flow_style=None,  # a feature on a line
-            width=110,
-        )
+        file.write(profile_yaml(profile))
+
+
+def profile_yaml(profile: SteeringProfile) -> str:
+    """A profile as the text of a file."""
+    import yaml
+
+    return yaml.safe_dump(
+        profile_fields(profile),
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=None,  # a feature on a line
+        width=110,
+    )
 
 
 def features_fingerprint(model: SarmForSequenceClassification) -> str:
@@ -216,8 +226,8 @@ def _mapping(value: Any, at: str, known: tuple[str, ...]) -> Mapping:
 
 def _number(value: Any, at: str) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
-        raise InputError(f"{at}: must be a finite number, got {value!r}")
+    if not number or not -sys.float_info.max <= value <= sys.float_info.max:  # integers of any size
+        raise InputError(f"{at}: must be a finite number, got {repr(value)[:40]}")
     return float(value)
 
 

@@ -33,6 +33,9 @@ def test_show_search_and_page(sarm, database, tmp_path):
     page = tmp_path / "p.html"
     assert sarm("features", "show", database, best.id, "--html", page).code == 0
     assert f"label &lt;{best.id}&gt;" in page.read_text("utf-8")
+    page = tmp_path / "[red]" / "a[/b].html"  # names that rich would take for its markup
+    written = sarm("features", "show", database, best.id, "--html", page)
+    assert (written.code, written.out.strip()) == (0, f"{page}: written")
     found = sarm("features", "search", database, f"label {best.id}")
     assert str(best.id) in found.out
 

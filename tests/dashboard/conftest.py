@@ -1,7 +1,10 @@
 """A tiny SARM with a feature database, an evaluation set and a folder for profiles."""
 
+import shutil
 import sys
+import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -71,3 +74,80 @@ def views(page_scorer, page_database, page_set, tmp_path):
     with FeatureStore(page_database) as store:
         folder = tmp_path / "profiles"
         yield Views(page_scorer, "tiny", store, [page_set], folder)
+
+
+# ---- a browser ------------------------------------------------------------------------------
+
+WAIT = 30  # seconds; every wait is on an event, and bounded
+ARGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+ARGS += [f"--disable-{what}" for what in ("background-networking", "component-update", "sync")]
+
+
+@pytest.fixture(scope="module")  # Playwright's event loop occupies this thread until it ends
+def browser():
+    from page_actions import playwright
+
+    with playwright.sync_playwright() as driver:
+        names = ("chromium", "chromium-browser", "google-chrome")
+        path = next((found for name in names if (found := shutil.which(name))), None)
+        try:
+            found = driver.chromium.launch(executable_path=path, args=ARGS)
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium that starts: {str(error).splitlines()[0]}")
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def served(views):
+    """serve(token=None) -> the page's URL; stopped at the end."""
+    from sarm.dashboard.app import Dashboard
+    from sarm.integrations.process import Server, listen
+
+    running = []
+
+    def serve(token=None):
+        sock = listen("127.0.0.1", 0)
+        server = Server(Dashboard(views, token=token))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+        thread.start()
+        running.append((server, thread))
+        return f"http://127.0.0.1:{sock.getsockname()[1]}/"
+
+    yield serve
+    for server, thread in running:
+        server.stop()
+        thread.join(WAIT)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def opened(browser, served):
+    """opened(**context) -> a page that is ready; at the end: no error, no other host."""
+    import page_actions
+
+    pages = []
+
+    def start(token=None, on_request=lambda request: None, **context):
+        context.setdefault("viewport", {"width": 1280, "height": 900})
+        page = browser.new_context(accept_downloads=True, **context).new_page()
+        page.set_default_timeout(WAIT * 1000)
+        seen, problems = [], []
+        page.on("request", lambda request: seen.append(request.url))
+        page.on("request", on_request)
+        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        url = served(token)
+        pages.append((page, url, seen, problems))
+        page.goto(url)
+        if token is None:
+            page_actions.ready(page)
+        return page
+
+    yield start
+    for page, url, seen, problems in pages:
+        allowed = (urlsplit(url).netloc, "")  # "": blob: and data: stay within the browser
+        assert [u for u in seen if urlsplit(u).netloc not in allowed and u[:5] != "blob:"] == []
+        # Chromium itself reports every answer that is an error; which ones come is tested below
+        assert [p for p in problems if not p.startswith("Failed to load resource")] == []
+        page.context.close()

@@ -158,6 +158,62 @@ def test_a_saved_profile_reads_back(client, views, page_scorer):
     assert [p.name for p in views.profiles_dir.iterdir()] == [path.name]
 
 
+def test_the_first_view_is_one_answer(client, bare, views):
+    found = client.get("/api/start").json()
+    assert found["about"] == client.get("/api/about").json()
+    query = {"order": "contribution", "offset": 0, "limit": 50}
+    assert found["features"] == client.get("/api/features", params=query).json()
+    assert found["order"] == "contribution"
+    empty = client.post("/api/shift", json={"profile": {"features": []}}).json()
+    assert found["shift"] == empty
+    assert found["profiles"] == []
+    found = bare.get("/api/start").json()
+    assert found["order"] == "weight"
+    assert found["shift"] is None
+    assert len(found["features"]["features"]) == 50
+
+
+def test_files_that_a_browser_has_are_not_sent_again(client, views):
+    first = client.get("/static/main.js")
+    again = client.get("/static/main.js", headers={"if-none-match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    other = client.get("/static/main.js", headers={"if-none-match": '"0123456789abcdef"'})
+    assert other.content == first.content
+    assert "/api/start" in client.get("/").headers["link"]
+    guarded = TestClient(Dashboard(views, token="a").app, base_url="http://localhost")
+    assert "link" not in guarded.get("/").headers  # what a browser asks by itself has no token
+
+
+def test_a_saved_profile_is_loaded(client, views, page_scorer):
+    strong = strongest(views)
+    features = [{"feature": strong, "ablate": True}, {"feature": 7, "multiply": 4.5}]
+    saved = client.post("/api/profiles", json={"profile": {"name": "a b", "features": features}})
+    assert client.get("/api/profiles").json() == {"profiles": ["a-b.yaml"]}
+    assert client.get("/api/start").json()["profiles"] == ["a-b.yaml"]
+    found = client.get(f"/api/profiles/{saved.json()['name']}").json()
+    assert found["file"] == "a-b.yaml"
+    assert found["profile"]["name"] == "a b"
+    assert found["profile"]["features"] == features
+    weights = page_scorer.model.score.weight[0]
+    assert found["known"]["7"]["weight"] == pytest.approx(weights[7].item())
+    assert found["known"][str(strong)]["label"].startswith("rainfall")
+    moved = client.post("/api/shift", json={"profile": found["profile"]})
+    assert moved.json()["moved"] > 0
+
+
+def test_profiles_written_by_hand_are_loaded(client, views):
+    views.profiles_dir.mkdir()
+    label = views.names()[strongest(views)]
+    text = f"features: [{{label: {json.dumps(label)}, add: -0.5, clamp: [null, 2.0]}}]\n"
+    text += "when: {weights: {3: 1.0}, above: 0.5}\n"
+    (views.profiles_dir / "gated.yml").write_text(text)
+    found = client.get("/api/profiles/gated.yml").json()["profile"]
+    one = {"feature": strongest(views), "add": -0.5, "clamp": [None, 2.0]}
+    assert found["features"] == [one]
+    assert found["when"]["weights"] == {"3": 1.0}
+    assert client.post("/api/shift", json={"profile": found}).status_code == 200
+
+
 def test_without_database_and_sets_the_head_is_listed(bare, page_scorer):
     about = bare.get("/api/about").json()
     assert not about["database"]
@@ -183,6 +239,8 @@ def test_without_database_and_sets_the_head_is_listed(bare, page_scorer):
         ([{"feature": -1, "multiply": 2}], "must be an integer >= 0"),
         ([{"feature": 1, "multiply": float("nan")}], "must be a finite number, got nan"),
         ([{"feature": j, "multiply": 1e39} for j in range(64)], "rewards that are not finite"),
+        ([{"feature": 1, "multiply": 10**400}], "must be a finite number"),
+        ([{"feature": 10**30, "multiply": 2}], "feature must be in [0, 64)"),
         ([{"feature": 1, "times": 2}], "unknown key 'times'"),
         ([{"feature": 1, "multiply": 2}, {"feature": 1, "add": 1}], "is in features[0] too"),
         ("all", "features must be a list"),
@@ -287,6 +345,41 @@ def test_names_of_files():
     for bad in ("", "..", "///", "文", "a" * 81):
         with pytest.raises(InputError, match="name"):
             file_name(bad)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..%2Fsecret.yaml", "%2e%2e%2fsecret.yaml", "..", "link.yaml", "none.yaml", "a.txt", "%00"],
+)
+def test_only_files_of_the_list_are_loaded(client, views, tmp_path, name):
+    views.profiles_dir.mkdir()
+    secret = tmp_path / "secret.yaml"
+    secret.write_text("features: [{feature: 1, ablate: true}]")
+    (views.profiles_dir / "link.yaml").symlink_to(secret)
+    (views.profiles_dir / "a.txt").write_text(secret.read_text())
+    assert client.get("/api/profiles").json() == {"profiles": []}
+    answer = client.get(f"/api/profiles/{name}")
+    assert answer.status_code in (404, 422)
+    assert "ablate" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("features: [{feature: 99, ablate: true}]", "feature must be in [0, 64), got 99"),
+        ("model: abc\nfeatures: [{feature: 1, ablate: true}]", "another model"),
+        ("features: [{label: nobody, ablate: true}]", "nobody"),
+        ("features: [", "not YAML"),
+        ("[" * 10_000, "not YAML"),
+        ("name: 2001-99-99", "not YAML"),
+        ("#" * (2**20 + 1), "larger than"),
+        ("\xff", "not YAML"),
+    ],
+)
+def test_bad_files_are_one_line(client, views, text, said):
+    views.profiles_dir.mkdir()
+    (views.profiles_dir / "bad.yaml").write_bytes(text.encode("latin-1"))
+    assert said in message(client.get("/api/profiles/bad.yaml"), 422)
 
 
 def test_a_link_in_the_folder_is_not_followed(client, views, tmp_path):

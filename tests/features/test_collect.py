@@ -305,3 +305,49 @@ def test_tokens_are_kept_once_and_only_with_a_context(scorer, pairs, tmp_path, m
         assert len(spans) < 28
         (most,) = store.rows("SELECT count(*) FROM context GROUP BY span ORDER BY 1 DESC")[0]
         assert most > 1
+
+
+def test_overwriting_keeps_what_is_there_until_the_input_is_known_to_be_good(
+    scorer, pairs, tmp_path
+):
+    out = tmp_path / "f.db"
+    collect(scorer, [pairs], out, OPTIONS)
+    before = out.read_bytes()
+    bad = tiny_sarm.write_jsonl(tmp_path / "bad.jsonl", [{"nothing": 1}])
+    empty = tiny_sarm.write_jsonl(tmp_path / "empty.jsonl", [])
+    for source in (tmp_path / "no such file", bad, empty):
+        with pytest.raises((InputError, FileNotFoundError)):
+            collect(scorer, [source], out, OPTIONS, overwrite=True)
+        assert out.read_bytes() == before
+    collect(scorer, [pairs], out, CollectOptions(contexts=1), overwrite=True)
+    assert out.read_bytes() != before
+
+
+def test_a_run_that_fails_leaves_another_ones_file(scorer, pairs, tmp_path, monkeypatch):
+    """Both begin in an empty folder; the one that fails first must not take the file along."""
+    out = tmp_path / "f.db"
+    claim, others = collect_module._Run._claim, []
+
+    def beside(run):
+        claim(run)
+        if not others:
+            others.append(FeatureStore(out, "rw"))
+
+    monkeypatch.setattr(collect_module._Run, "_claim", beside)
+    monkeypatch.setattr(collect_module, "encoded_tails", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        collect(scorer, [pairs], out, OPTIONS)
+    assert out.exists()
+    others[0].close()
+    with pytest.raises(ZeroDivisionError):
+        collect(scorer, [pairs], out, OPTIONS, overwrite=True)
+    assert not out.exists()
+
+
+def test_a_model_without_a_tokenizer(scorer, pairs, tmp_path):
+    import sarm
+
+    bare = sarm.SARMScorer(scorer.model, None)
+    with pytest.raises(InputError, match="tokenizer"):
+        collect(bare, [pairs], tmp_path / "f.db", OPTIONS)
+    assert not (tmp_path / "f.db").exists()

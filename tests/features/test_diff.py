@@ -76,3 +76,14 @@ def test_different_models_and_unfinished_databases_are_refused(
             pytest.raises(InputError, match="not been finished"),
         ):
             diff(a, half)
+
+
+def test_labels_of_two_models_are_each_ones_own(database, scorer, tiny_scorer, pairs, tmp_path):
+    second = tiny_scorer(seed=1)
+    collect(second, [pairs], tmp_path / "b.db", CollectOptions(contexts=2))
+    decoders = tuple(s.model.sae.w_dec.detach() for s in (scorer, second))
+    with FeatureStore(database) as a, FeatureStore(tmp_path / "b.db", "rw") as b:
+        for i in range(64):
+            b.add_label(i, "test", f"second's {i}")
+        for d in diff(a, b, decoders=decoders):
+            assert d.label == f"second's {d.partner}"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+import sarm
 from sarm.data import read_preferences
 from sarm.errors import InputError
 from sarm.features import FeatureStore
@@ -124,3 +125,10 @@ def test_bad_exports(database, scorer, pairs, tmp_path):
     with pytest.raises(InputError, match="window must be at least 1, got 0"):
         export_delphi(scorer, [str(pairs)], tmp_path / "new", window=0)
     assert not (tmp_path / "new").exists()
+
+
+def test_delphi_without_a_tokenizer(scorer, pairs, tmp_path):
+    none = sarm.SARMScorer(scorer.model, None)
+    with pytest.raises(InputError, match="tokenizer"):
+        export_delphi(none, [str(pairs)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

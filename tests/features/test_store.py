@@ -133,3 +133,39 @@ def test_files_that_are_no_feature_database(tmp_path, database):
 def test_a_reader_cannot_write(database):
     with FeatureStore(database) as store, pytest.raises(InputError, match="readonly"):
         store.add_label(1, "a", "b")
+
+
+def test_numbers_beyond_sqlites_are_one_line(database):
+    with FeatureStore(database) as store:
+        for ask in (
+            lambda: store.feature(10**30),
+            lambda: store.features(limit=10**30),
+            lambda: store.contexts(0, limit=2**63),
+        ):
+            with pytest.raises(InputError, match=r"f.*\.db: "):
+                ask()
+
+
+@pytest.mark.parametrize("full_text", [True, False])
+def test_words_of_several_tokens_and_odd_characters(tmp_path, full_text):
+    with FeatureStore(tmp_path / "f.db", "rw") as store:
+        store.full_text = full_text
+        with store.transaction() as db:
+            (line,) = contexts.packed(np.array([[0, 1]]))
+            span = contexts.Span(0, "made up", 1, ["rain", 'fall "x"'])
+            contexts.write(db, [span], [contexts.Entry(0, 1, "top", 1.0, 0, line)])
+            contexts.index_words(db)
+        assert [hit.feature for hit in store.search("rainfall")] == [1]
+        assert [hit.feature for hit in store.search("x")] == [1]
+        for odd in (
+            "²",
+            "\U0001d7d8",
+            "\u0378",
+            "\U000323af",
+            "\x00",
+            "%",
+            '"',
+            "NEAR(",
+            "a" * 10_000,
+        ):
+            assert store.search(odd) == [], odd

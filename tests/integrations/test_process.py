@@ -195,3 +195,13 @@ def test_without_the_extra_the_error_names_it(monkeypatch, serve_command):
     code, _, err = serve_command()
     assert code == 2
     assert err.startswith("sarm: sarm serve needs pip install 'sarm[serve]'")
+
+
+def test_small_answers_do_not_wait_for_the_clients_acknowledgement():
+    with serving.listen("127.0.0.1", 0) as sock:
+        with socket.create_connection(sock.getsockname()):
+            accepted, _ = sock.accept()
+        with (
+            accepted
+        ):  # header and body are two writes: Nagle's algorithm delays the second by 40 ms
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -79,3 +79,18 @@ def test_bad_rows(explained, tmp_path):
     bad = BadRecords(skip=True)
     assert explain_file(explained(), source, out, bad=bad).bad == 2
     assert [x["row"] for x in lines(out)] == [1]
+
+
+def test_other_labels_are_another_run(explained, source, tmp_path):
+    scorer, out = explained(), tmp_path / "out.jsonl"
+    first = {f: f"a{f}" for f in range(64)}
+
+    def stop(rows, seen=[]):  # noqa: B006
+        seen.append(rows)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        explain_file(scorer, source, out, names=first, block=2, progress=stop)
+    with pytest.raises(InputError, match="labels"):
+        explain_file(scorer, source, out, names={f: f"b{f}" for f in range(64)}, block=2)

@@ -9,7 +9,15 @@ import pytest
 from chat_endpoint import ChatEndpoint, completion, failure
 
 from sarm.errors import InputError
-from sarm.labels.endpoint import DEFAULT_URL, Endpoint, EndpointError, Refused, Settings, key_from
+from sarm.labels.endpoint import (
+    DEFAULT_URL,
+    MAX_ANSWER_BYTES,
+    Endpoint,
+    EndpointError,
+    Refused,
+    Settings,
+    key_from,
+)
 
 KEY = "sk-secret-0123456789"
 MESSAGES = [
@@ -219,3 +227,24 @@ def test_keys_come_from_the_environment(monkeypatch):
         with pytest.raises(InputError) as caught:
             key_from("SOME_KEY", DEFAULT_URL)
         assert bad not in str(caught.value)
+
+
+def test_json_nested_without_end():
+    line, requests, _ = fails(lambda *_: (200, {}, b"[" * 200_000))
+    assert line == "the answer is not JSON"
+    assert requests == 1
+
+
+@pytest.mark.parametrize("tokens", ["1e999", '"many"', "[1]", "-1e999", "NaN"])
+def test_usage_may_be_nonsense(tokens):
+    content = completion("a")[2].replace(
+        b'"prompt_tokens": 100', f'"prompt_tokens": {tokens}'.encode()
+    )
+    assert tokens.encode() in content
+    assert fails(lambda *_: (200, {}, content))[0] == "the answer is no chat completion"
+
+
+def test_an_answer_without_end_is_not_read_to_its_end():
+    huge = completion("a " * MAX_ANSWER_BYTES)
+    line, _, _ = fails(lambda *_: huge, retries=0)
+    assert line == f"the answer is larger than {MAX_ANSWER_BYTES} bytes"

@@ -76,3 +76,14 @@ def test_without_a_repeated_term_there_is_no_label(tmp_path):
         assert failed == {0: "no term is in two of its contexts"}
         assert store.labels() == []
         assert records.failures() == failed
+
+
+def test_control_characters_do_not_get_into_labels(tmp_path):
+    path = chat_endpoint.make_database(tmp_path / "f.db", quote=lambda text: f"\x1b\u202e {text}")
+    with FeatureStore(path, "rw") as store:
+        label_offline(store, range(4), Sampling())
+        labels = store.labels(method=METHOD)
+    assert len(labels) == 4
+    for label in labels:
+        assert label.label.isprintable()
+        assert label.explanation.isprintable()

@@ -1,6 +1,7 @@
 """What is asked and how answers are read."""
 
 import hashlib
+import time
 from importlib.resources import files
 
 import pytest
@@ -98,3 +99,36 @@ def test_a_context_cannot_leave_its_quotes():
         assert messages[1]["content"].count("\n") == (
             0 if "Activation" in messages[1]["content"][:10] else 2
         )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "\n" * 50_000,
+        "-" * 50_000,
+        "\n-" * 50_000,
+        "explanation:\n" * 20_000,
+        "Explanation: " + "a\n" * 50_000,
+        "<think>" * 50_000,
+        "[" * 50_000,
+        "[0," * 50_000,
+        "Explanation: " + "word " * 50_000 + "\nScore: 3",
+    ],
+)
+def test_no_answer_takes_long_to_read(answer):
+    """Seconds of processor time for what is linear, minutes for what is not."""
+    start = time.process_time()
+    with pytest.raises(Nonsense):
+        prompts.read_explanation(answer)
+    with pytest.raises(Nonsense):
+        prompts.read_detection(answer, 3)
+    assert time.process_time() - start < 5
+
+
+def test_thoughts_are_left_out():
+    said = "Explanation: Rain.\nScore: 4"
+    for before in (
+        "<think>Explanation: x\nScore: 1</think>",
+        "so\nExplanation: x\nScore: 1\n</think>",
+    ):
+        assert prompts.read_explanation(before + said) == ("Rain.", 4)

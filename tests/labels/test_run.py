@@ -218,3 +218,16 @@ def test_kill_and_resume_beside_another_labeler(tmp_path, label):
     with FeatureStore(path) as store:
         assert [x.feature for x in store.labels()] == list(range(8))
     assert {p.name.partition("-")[2] for p in tmp_path.iterdir()} <= {"", "wal", "shm"}
+
+
+@pytest.mark.parametrize(
+    "answer", ["\ud800 lone", "x" * 3_000_000, "\x1b[2J\u202e", "\n" * 100_000]
+)
+def test_nonsense_is_quoted_back_within_bounds(label, answer):
+    def behave(number, body, server):
+        return answer if number == 0 else None
+
+    with ChatEndpoint(behave) as server:
+        report, _ = label(server.url, concurrency=1)
+    assert report.labelled == 4
+    assert len(server.bodies[1]["messages"][2]["content"]) <= 2000

@@ -16,10 +16,11 @@ const NAMES = {
 const ask = latest((query, signal) => get(`/api/features?${query}`, signal));
 let offset = 0;
 
-export function start(about) {
+export function start(about, first) {
   const known = about.orders.filter((name) => name in NAMES)
     .sort((a, b) => Object.keys(NAMES).indexOf(a) - Object.keys(NAMES).indexOf(b));
-  $("order").append(...known.map((name) => h("option", { value: name }, NAMES[name])));
+  $("order").append(...known.map((name) =>
+    h("option", { value: name, selected: name === first.order }, NAMES[name])));
   const again = () => { offset = 0; refresh(); };
   $("query").addEventListener("input", debounced(again, 80));
   $("order").addEventListener("change", again);
@@ -27,7 +28,7 @@ export function start(about) {
   $("previous").addEventListener("click", () => turn(-PAGE));
   $("next").addEventListener("click", () => turn(PAGE));
   $("list").addEventListener("keydown", move);
-  refresh();
+  show(first.features);
 }
 
 async function turn(by) {
@@ -41,17 +42,20 @@ async function refresh() {
     { q: $("query").value, order: $("order").value, offset, limit: PAGE });
   try {
     const found = await ask(query);
-    if (!found) return;
-    const last = offset + found.features.length;
-    $("list").replaceChildren(...found.features.map(item));
-    $("list").start = offset + 1;
-    $("previous").disabled = !offset;
-    $("next").disabled = last >= found.total;
-    tell($("search-status"),
-      found.total ? `${offset + 1} to ${last} of ${found.total} features` : "No feature found.");
+    if (found) show(found);
   } catch (error) {
     tell($("search-status"), error.message, true);
   }
+}
+
+function show(found) {
+  const last = found.offset + found.features.length;
+  $("list").replaceChildren(...found.features.map(item));
+  $("list").start = found.offset + 1;
+  $("previous").disabled = !found.offset;
+  $("next").disabled = last >= found.total;
+  tell($("search-status"),
+    found.total ? `${found.offset + 1} to ${last} of ${found.total} features` : "No feature found.");
 }
 
 function item(feature) {
@@ -93,7 +97,7 @@ function detail(found, label) {
     h("button", { type: "button", onclick: () => profile.add(found.id, label, found.weight) },
       `Steer feature ${found.id}`),
     found.labels.map((one) => h("p", {}, `${one.label} (${one.method}) ${one.explanation ?? ""}`)),
-    h("div", { class: "scroll" }, table("", ["", "value"], found.facts)),
+    h("div", { class: "scroll" }, table(`Statistics of feature ${found.id}`, ["what", "value"], found.facts)),
     contexts.length ? h("h3", {}, "Contexts") : null,
     h("ul", { class: "plain" }, contexts));
 }

@@ -161,7 +161,7 @@ const sum = (contributions) => contributions.reduce((total, c) => total + c.valu
 
 /** The reward under the sliders, exact where all active features are listed; null: unknown. */
 function steeredReward(found) {
-  if (!about.linear || found.n_rest || !profile.entries().length) return null;
+  if (!about.linear || !profile.linear() || found.n_rest || !profile.entries().length) return null;
   return found.reward + found.contributions.reduce(
     (total, c) => total + (profile.factor(c.feature) - 1) * c.value, 0);
 }

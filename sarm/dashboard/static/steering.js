@@ -10,21 +10,17 @@ const WAIT_MS = 30;
 const ask = latest((body, signal) => post("/api/shift", body, signal));
 let set = 0;
 
-export function start(about) {
-  $("save-there").disabled = !about.saves;
-  if (!about.saves) $("save-there").title = "The server was started without --profiles";
+export function start(about, first) {
   sets(about.sets);
   const soon = debounced(refresh, WAIT_MS);
   profile.subscribe((kind) => {
     if (kind === "list") draw();
     if (about.sets.length) soon();
   });
-  if (about.sets.length) refresh();
+  if (first.shift) show(first.shift);
   else tell($("shift-status"), "No evaluation set: start with --set FILE to see a distribution move.");
   $("add-feature").addEventListener("submit", addByNumber);
   $("reset-all").addEventListener("click", () => profile.clear());
-  $("download").addEventListener("click", download);
-  $("save").addEventListener("submit", save);
 }
 
 function sets(found) {
@@ -82,11 +78,16 @@ function draw() {
   }
 }
 
-function slider(feature, { label, weight }) {
+/** What a file asks of a feature beyond a factor of its weight. */
+const clamped = ({ clamp }) =>
+  clamp ? `, activation clamped to ${clamp.map((x) => x ?? "∞").join(" … ")}` : "";
+
+function slider(feature, { label, weight, more }) {
   const id = `slider-${feature}`;
   const shown = h("span");
   const input = h("input", {
-    type: "range", id, min: profile.LOW, max: profile.HIGH, step: 0.05, value: 1,
+    type: "range", id, min: Math.min(profile.LOW, profile.factor(feature)),
+    max: Math.max(profile.HIGH, profile.factor(feature)), step: 0.05, value: 1,
     oninput: () => profile.set(feature, Number(input.value)),
   });
   function paint() {
@@ -94,7 +95,7 @@ function slider(feature, { label, weight }) {
     if (Number(input.value) !== factor) input.value = factor;
     const text = factor === 0 ? "ablated" : `times ${factor.toFixed(2)}`;
     input.setAttribute("aria-valuetext", text);
-    shown.textContent = ` ${text}, weight ${signed(weight * factor)}`;
+    shown.textContent = ` ${text}, weight ${signed(weight * factor + (more.add ?? 0))}${clamped(more)}`;
   }
   const button = (name, call) =>
     h("button", { type: "button", "aria-label": `${name} feature ${feature}`, onclick: call }, name);
@@ -107,38 +108,4 @@ function slider(feature, { label, weight }) {
   profile.subscribe(() => { if (node.isConnected) paint(); });
   paint();
   return node;
-}
-
-// ---- profiles -------------------------------------------------------------------------------
-
-async function save(event) {
-  event.preventDefault();
-  const body = { profile: profile.fields($("profile-name").value) };
-  try {
-    tell($("save-status"), `Saved as ${(await saved(body)).name}.`);
-  } catch (error) {
-    tell($("save-status"), error.message, true);
-  }
-}
-
-async function saved(body) {
-  try {
-    return await post("/api/profiles", body);
-  } catch (error) {
-    if (error.status !== 409 || !confirm(`${error.message}. Replace it?`)) throw error;
-    return post("/api/profiles", { ...body, overwrite: true });
-  }
-}
-
-async function download() {
-  if (!$("profile-name").reportValidity()) return;
-  try {
-    const { name, text } = await post("/api/yaml", { profile: profile.fields($("profile-name").value) });
-    const url = URL.createObjectURL(new Blob([text], { type: "application/yaml" }));
-    h("a", { href: url, download: name }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 1000);
-    tell($("save-status"), `${name} downloaded.`);
-  } catch (error) {
-    tell($("save-status"), error.message, true);
-  }
 }
