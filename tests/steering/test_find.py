@@ -12,7 +12,8 @@ from sarm.evaluation.steering_report import write_steering_report
 from sarm.steering import Change, Gate, Heads, SteeringProfile
 from sarm.steering.find import domain_profile, merged, write_contrast
 from sarm.steering.finding import contrast, contrast_score
-from sarm.steering.solve import bounded_head, changed_pairs, fit_gate
+from sarm.steering.gate import fit_gate
+from sarm.steering.solve import bounded_head, changed_pairs
 
 F = 40
 
