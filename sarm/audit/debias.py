@@ -69,10 +69,20 @@ class Trade:
     fit_prompts: int
     held_prompts: int
 
-    def gain(self) -> dict[str, float]:
-        """{level: change of held-out accuracy} at the chosen point; all 0 where none is."""
-        after = self.chosen.held if self.chosen else self.held
-        return {name: after[name] - self.held[name] for name in LEVELS}
+    def outcome(self) -> Outcome:
+        """What the choice came to."""
+        if self.chosen is None:
+            return Outcome(None, dict.fromkeys(LEVELS, 0.0))
+        gain = {name: self.chosen.held[name] - self.held[name] for name in LEVELS}
+        return Outcome(f"{self.chosen.kind} {self.chosen.strength:g}", gain)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The chosen point, if any, and {level: change of held-out accuracy} that it brings."""
+
+    chosen: str | None
+    gain: dict[str, float]
 
 
 def trade(
@@ -154,10 +164,10 @@ def choose(
 
 def repeated(
     one: LatentSet, weight: torch.Tensor, splits: int, *, seed: int = 0, **options
-) -> list[Trade]:
+) -> list[Outcome]:
     """`trade` on random halves of the prompts, anew for every split; `options` as there."""
     draw = np.random.default_rng(seed)
-    return [trade(*halves(one, draw), weight, **options) for _ in range(splits)]
+    return [trade(*halves(one, draw), weight, **options).outcome() for _ in range(splits)]
 
 
 @dataclass(frozen=True)
@@ -178,17 +188,23 @@ class Spread:
     unchanged: int
 
     @classmethod
-    def of(cls, trades: Sequence[Trade], max_drop: float) -> Spread:
-        """Of one trade or more."""
-        gains = np.array([[t.gain()[name] for name in LEVELS] for t in trades])
-        columns = (f(gains, axis=0) for f in (np.mean, np.std, np.min, np.max))
+    def of(cls, outcomes: Sequence[Outcome], max_drop: float) -> Spread:
+        """Of one split or more."""
+        gains = np.array([[one.gain[name] for name in LEVELS] for one in outcomes])
         most = max_drop + 1e-12  # 57 of 58 prompts is a point less than all, up to rounding
+
+        def by_level(numbers: np.ndarray) -> dict[str, float]:
+            return dict(zip(LEVELS, numbers.tolist(), strict=True))
+
         return cls(
-            len(trades),
-            *(dict(zip(LEVELS, column.tolist(), strict=True)) for column in columns),
+            len(outcomes),
+            by_level(gains.mean(0)),
+            by_level(gains.std(0)),
+            by_level(gains.min(0)),
+            by_level(gains.max(0)),
             float((gains[:, :2] >= -most).all(1).mean()),
             float((gains[:, :2].mean(1) >= -most).mean()),
-            sum(t.chosen is None for t in trades),
+            sum(one.chosen is None for one in outcomes),
         )
 
 

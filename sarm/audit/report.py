@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from sarm.audit.debias import LEVELS, Point, Spread, Trade
+from sarm.audit.debias import LEVELS, Outcome, Point, Spread, Trade
 from sarm.audit.drift import Drift
 from sarm.audit.preferences import PreferenceAudit
 from sarm.audit.style import StyleScores
@@ -72,7 +72,7 @@ def write_trade(
     directory: str | Path,
     *,
     max_drop: float,
-    splits: Sequence[Trade] = (),
+    splits: Sequence[Outcome] = (),
     model: str | None = None,
 ) -> None:
     """debias.json, debias.md, debias.svg and, where a point was chosen, profile.yaml.
@@ -122,12 +122,7 @@ def write_trade(
                 }
                 for p in found.points
             ],
-            "splits": spread
-            and {
-                **asdict(spread),
-                "gains": [t.gain() for t in splits],
-                "chosen": [t.chosen and [t.chosen.kind, t.chosen.strength] for t in splits],
-            },
+            "splits": spread and {**asdict(spread), "outcomes": [asdict(one) for one in splits]},
         }
         (staging / "debias.json").write_text(json.dumps(page, indent=2) + "\n", "utf-8")
         _plot_trade(found, staging / "debias.svg")

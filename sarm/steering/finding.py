@@ -70,7 +70,7 @@ def contrast(
     n_groups, n_latents = int(number.max()) + 1, activations.shape[1]
     if n_groups < 2:
         raise InputError(f"contrast: needs at least 2 prompts, got {n_groups}")
-    if not activations.nnz:
+    if not activations.count_nonzero():  # nnz counts the zeros that fill rows up
         raise InputError("contrast: no feature is active")
     if not 1 <= top <= n_latents:
         raise InputError(f"contrast: top must be in [1, {n_latents}], got {top}")

@@ -100,7 +100,7 @@ def fit_gate(
         if len(np.unique(one.groups)) < 2:
             raise InputError(f"gate: {one.benchmark.name} needs at least 2 prompts")
     matrix = sp.vstack([one.matrix for one in sets]).tocsr()
-    if not matrix.nnz:
+    if not matrix.count_nonzero():  # nnz counts the zeros that fill rows up
         raise InputError("gate: no feature is active")
     sizes = [one.matrix.shape[0] for one in sets]
     owner = np.repeat(np.arange(len(sets)), sizes)
