@@ -150,6 +150,9 @@ def test_a_gate_keeps_its_bounds_at_the_lowest_threshold():
     wider = fit_gate(target, [off], rewards, 3.0, max_touched=0.05)
     assert fit.opens <= bolder.opens < wider.opens
     assert wider.off[0].touched > 0.01
+    sure = fit_gate(target, [off], rewards, 3.0, max_touched=0.05, margin=3.0)
+    assert sure.opens < wider.opens
+    assert sure.off[0].touched + 3 * sure.off[0].error <= 0.05
     timid = fit_gate(target, [off], rewards, 3.0, max_mean=seen.mean / 2)
     assert timid.opens < fit.opens  # the mean is a bound of its own
 
@@ -260,6 +263,21 @@ def test_shifts_by_hand(model, tmp_path):
     first = (tmp_path / "r" / "steering.svg").read_bytes()
     write_steering_report(result, {"a": 1}, tmp_path / "r")
     assert (tmp_path / "r" / "steering.svg").read_bytes() == first
+
+
+def test_intervals_are_over_prompts(model):
+    """Ten equal pairs a prompt are one piece of evidence, not ten."""
+    rows = domain(0, 30).matrix.toarray().reshape(30, 1, 2, F).repeat(10, axis=1).reshape(-1, F)
+    heads = Heads.of(model, [{}, {0: 8.0, 1: -8.0}])
+    widths = []
+    for per_prompt in (1, 10):
+        one = latent_set(rows, per_prompt=per_prompt)
+        (shift,) = evaluate_steering(heads, ["a"], [one], []).shifts
+        widths.append(
+            [e.high - e.low for e in (shift.chosen, shift.rejected, shift.all, shift.changes)]
+        )
+    apart, together = np.array(widths)
+    assert together / apart == pytest.approx(np.sqrt(10), rel=0.25)
 
 
 def test_crossed_profiles_judge_the_part_they_have_not_seen(model):
