@@ -59,10 +59,10 @@ def spread_cells(spread: Spread) -> list[list[str]]:
 
 def spread_text(spread: Spread, max_drop: float) -> str:
     """How often the bound on easy and normal held."""
+    points = f"{100 * max_drop:g} point{'' if max_drop == 0.01 else 's'}"
     text = (
-        f"{spread.splits} random splits: easy and normal each lose at most {100 * max_drop:g} "
-        f"points in {100 * spread.each:.0f} % of them, and on average in "
-        f"{100 * spread.together:.0f} %"
+        f"{spread.splits} random splits: easy and normal each lose at most {points} in "
+        f"{100 * spread.each:.0f} % of them, and on average in {100 * spread.together:.0f} %"
     )
     return f"{text}; nothing was chosen in {spread.unchanged}" if spread.unchanged else text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,9 +58,15 @@ def domain_profile(
             `sarm.steering.gate`; `shift` in sd of the rewards, with `limit` features at most.
         tune: gate: another sample of the domain, whose chosen answers are to rise by `shift`.
     Raises:
-        InputError: no feature is stable, or the rewards that `shift` is measured in are all equal;
+        InputError: a number that is not finite, no off-target set where the method needs one, no
+        feature is stable, or the rewards that `shift` is measured in are all equal;
         see also the method.
     """
+    for option, value in (("factor", factor), ("shift", shift)):
+        if not math.isfinite(value):
+            raise InputError(f"steer find: {option} must be a finite number, got {value}")
+    if method != "contrast" and not off:
+        raise InputError(f"steer find: method {method} needs an off-target set")
     scores = contrast(target.matrix, target.chosen, target.groups, top=min(top, target.n_latents))
     about: dict[str, Any] = {"name": name, "model": features_fingerprint(model)}
     if method == "contrast":

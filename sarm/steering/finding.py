@@ -41,10 +41,10 @@ class Contrast:
     agreement: float
     top: int
 
-    def stable(self, share: float, least: float = 0.0) -> np.ndarray:
-        """Features among the `top` in at least this share of resamples, best score first."""
+    def stable(self, share: float) -> np.ndarray:
+        """Features with a positive score among the `top` in this share of resamples, best first."""
         order = np.argsort(-self.score, kind="stable")
-        keep = (self.selected[order] >= share) & (self.score[order] > least)
+        keep = (self.selected[order] >= share) & (self.score[order] > 0)
         return order[keep]
 
 
@@ -99,7 +99,8 @@ def contrast(
 def contrast_score(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
     """(F,) scores of summed activations (F,); 0 where both are 0."""
     total = chosen + rejected
-    return (chosen - rejected) / (total + total.mean())
+    scale = total + total.mean()  # 0 where a resample holds no activation at all
+    return np.divide(chosen - rejected, scale, out=np.zeros(len(scale)), where=scale > 0)
 
 
 def _by_group(activations, number: np.ndarray, rows: np.ndarray, n_groups: int) -> sp.csr_matrix:

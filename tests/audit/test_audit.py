@@ -118,6 +118,16 @@ def test_planted_style_features_are_found():
     assert markdown.reward[0] == pytest.approx(1.5 * difference.mean())
 
 
+def test_a_shift_that_never_varies_is_an_effect():
+    rows = np.zeros((24, F))
+    rows[2::3, 0] = 0.7  # markdown adds this, always
+    one = latent_set(rows, 3, 6)
+    length, markdown = (style_scores(one, twins, HEAD) for twins in triple_twins(one))
+    assert markdown.clear.nonzero()[0].tolist() == [0]
+    assert markdown.effect[0] == pytest.approx(1e6)
+    assert not length.clear.any()
+
+
 def test_twins_of_perturbations_and_refusals():
     one = latent_set(sparse_rows(np.random.default_rng(0), 12, F), 1, 4)
     first, second = perturbed_twins(one, ["markdown", "length"])
@@ -336,7 +346,9 @@ def test_a_reference_is_read_back(reference, tmp_path):
     reference.save(tmp_path / "r.safetensors")
     back = Reference.load(tmp_path / "r.safetensors", "f00d")
     one = answers(3, 20)
-    a, b = (measure_drift(r, one.matrix, one.groups, nulls=20) for r in (reference, back))
+    a, b = (
+        measure_drift(r, one.matrix, one.groups, alpha=0.1, nulls=20) for r in (reference, back)
+    )
     assert a.distance == pytest.approx(b.distance, rel=1e-6)
     assert a.threshold == pytest.approx(b.threshold, rel=1e-4)
     with pytest.raises(InputError, match="of another model"):
@@ -354,6 +366,7 @@ def test_drift_refusals(reference):
         (one.matrix[:0], 0.01, "the batch is empty"),
         (one.matrix[:, :5], 0.01, "has 5 latents, not 30"),
         (one.matrix, 1.0, r"alpha must be in \(0, 1\)"),
+        (one.matrix, 0.001, "with 500 null batches alpha must be at least 0.0020, got 0.001"),
     ):
         with pytest.raises(InputError, match=says):
             measure_drift(reference, matrix, one.groups[: matrix.shape[0]], alpha=alpha)

@@ -50,10 +50,18 @@ def test_the_published_score_by_hand():
     chosen, rejected = np.array([6.0, 1.0, 0.0]), np.array([2.0, 3.0, 0.0])
     # totals 8, 4, 0: their mean is 4
     assert contrast_score(chosen, rejected).tolist() == pytest.approx([4 / 12, -2 / 8, 0.0])
+    assert contrast_score(np.zeros(2), np.zeros(2)).tolist() == [0.0, 0.0]
     z = sp.csr_matrix([[4.0, 0, 0], [2, 3, 0], [2, 1, 0], [0, 0, 0]])
     found = contrast(z, np.array([1, 0, 1, 0], bool), np.array([0, 0, 1, 1]), top=1, resamples=50)
     assert found.score.tolist() == pytest.approx([4 / 12, -2 / 8, 0.0])
     assert found.rank.tolist() == [1, 3, 2]
+
+
+def test_a_prompt_without_activations_is_resampled_too():
+    z = sp.csr_matrix([[3.0, 0], [0, 1], [0, 0], [0, 0]])
+    found = contrast(z, np.array([1, 0, 1, 0], bool), np.array([0, 0, 1, 1]), top=1, resamples=50)
+    assert np.isfinite(found.low).all()
+    assert found.low[0] == 0.0 < found.high[0]
 
 
 def test_planted_features_are_stable_and_noise_is_not():
@@ -228,6 +236,17 @@ def test_contrast_profiles_and_the_table(model, tmp_path):
     noise = latent_set(sparse_rows(np.random.default_rng(0), 80, F))
     with pytest.raises(InputError, match="no feature is among the top 2 in 95 %"):
         domain_profile(model, noise, [], method="contrast", top=2, stability=0.95)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"method": "gate", "shift": float("nan")}, "shift must be a finite number, got nan"),
+     ({"method": "contrast", "factor": float("inf")}, "factor must be a finite number, got inf"),
+     ({"method": "bounded"}, "method bounded needs an off-target set")],
+)  # fmt: skip
+def test_find_refusals(options, says, model):
+    with pytest.raises(InputError, match=says):
+        domain_profile(model, domain(0, 5), [], **options)
 
 
 def test_sets_are_merged_with_their_prompts_apart():
