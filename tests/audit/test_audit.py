@@ -118,6 +118,17 @@ def test_planted_style_features_are_found():
     assert markdown.reward[0] == pytest.approx(1.5 * difference.mean())
 
 
+def test_style_intervals_are_over_prompts():
+    """Ten equal items a prompt are one piece of evidence, not ten."""
+    rows = styled(0, 20).matrix.toarray().reshape(20, 1, 6, F).repeat(10, axis=1).reshape(-1, F)
+    widths = []
+    for per_prompt in (1, 10):
+        one = latent_set(rows, 3, 6, per_prompt=per_prompt)
+        scores = style_scores(one, triple_twins(one)[1], HEAD)
+        widths.append([scores.total.high - scores.total.low, scores.high[0] - scores.low[0]])
+    assert np.divide(*widths[::-1]) == pytest.approx(np.sqrt(10), rel=0.25)
+
+
 def test_a_shift_that_never_varies_is_an_effect():
     rows = np.zeros((24, F))
     rows[2::3, 0] = 0.7  # markdown adds this, always
@@ -324,6 +335,17 @@ def test_the_null_is_calibrated(reference):
     assert 1 <= far <= 14  # binomial(60, 0.1): beyond this once in a thousand
 
 
+def test_many_features_make_few_false_discoveries(reference):
+    """30 features, 12 batches without drift: 72 would pass a test of each at the 20 % level."""
+    false = 0
+    for seed in range(12):
+        one = answers(200 + seed, 25)
+        false += measure_drift(
+            reference, one.matrix, one.groups, alpha=0.2, nulls=50
+        ).significant.sum()
+    assert false <= 24
+
+
 def test_hacking_is_flagged_and_its_feature_named(reference):
     batch = answers(7, 40)
     rows = batch.matrix.toarray()
@@ -401,6 +423,14 @@ def test_planted_flips_are_found(tmp_path):
     assert all(part < 0 for _, part in found.suspects[0].features)
     write_suspects(found, tmp_path / "s.jsonl")
     assert len((tmp_path / "s.jsonl").read_text().splitlines()) == len(found.suspects)
+
+
+def test_labels_are_judged_out_of_fold_by_prompts():
+    """Noise, each pair four times a prompt: in sample a head would have nearly all of it right."""
+    rows = sparse_rows(np.random.default_rng(0), 160, 150, 0.4)
+    rows = rows.reshape(80, 1, 2, 150).repeat(4, axis=1).reshape(-1, 150)
+    found = audit_preferences(latent_set(rows, per_prompt=4), l2=1e-3)
+    assert 0.35 < found.accuracy < 0.65
 
 
 def test_label_refusals():
