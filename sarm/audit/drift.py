@@ -177,7 +177,8 @@ def measure_drift(
         groups: (N,) prompt of each answer: the null draws prompts with as many answers.
         alpha: false discovery rate of features, and level of the distance.
     Raises:
-        InputError: an empty batch, another number of latents, or alpha not in (0, 1).
+        InputError: an empty batch, another number of latents, alpha not in (0, 1) or too small for
+        the number of null batches.
     """
     rows, width = activations.shape
     if not rows:
@@ -186,6 +187,11 @@ def measure_drift(
         raise InputError(f"drift: the batch has {width} latents, not {len(reference.mean)}")
     if not 0 < alpha < 1:
         raise InputError(f"drift: alpha must be in (0, 1), got {alpha}")
+    if alpha * (1 + nulls) < 1:  # no p-value could be as small
+        raise InputError(
+            f"drift: with {nulls:,} null batches alpha must be at least {1 / (1 + nulls):.4f}, "
+            f"got {alpha}"
+        )
     active = reference.variance > 0
     spread = np.sqrt(np.maximum(reference.variance, 1e-12) * (1 / rows + 1 / reference.rows))
     spread[~active] = np.inf  # never seen: judged below by its presence alone

@@ -43,10 +43,6 @@ class PreferenceAudit:
     accuracy: float
     l2: float
 
-    def expected_wrong(self) -> float:
-        """The number of wrong labels the probabilities add up to (an upper guess: noise counts)."""
-        return float(expit(-self.margins).sum())
-
 
 def audit_preferences(
     pairs: LatentSet, *, folds: int = 5, l2: float | None = None, top: int = 5

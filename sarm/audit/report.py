@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from sarm.audit.debias import LEVELS, Point, Trade
+from sarm.audit.debias import LEVELS, Outcome, Point, Spread, Trade
 from sarm.audit.drift import Drift
 from sarm.audit.preferences import PreferenceAudit
 from sarm.audit.style import StyleScores
@@ -46,11 +47,43 @@ def trade_cells(point: Point | None, base: dict[str, float], chosen: bool) -> li
     ]
 
 
-def write_trade(found: Trade, directory: str | Path) -> None:
-    """debias.json, debias.md, debias.svg and, where a point was chosen, profile.yaml."""
+SPREAD_HEADINGS = ["held-out change, points", *LEVELS]
+
+
+def spread_cells(spread: Spread) -> list[list[str]]:
+    """Mean, standard deviation, least and largest change over the splits."""
+    rows = (("mean", spread.mean), ("least", spread.low), ("largest", spread.high))
+    cells = [[title, *(f"{100 * of[name]:+.1f}" for name in LEVELS)] for title, of in rows]
+    return [*cells, ["sd", *(f"{100 * spread.sd[name]:.1f}" for name in LEVELS)]]
+
+
+def spread_text(spread: Spread, max_drop: float) -> str:
+    """How often the bound on easy and normal held."""
+    points = f"{100 * max_drop:g} point{'' if max_drop == 0.01 else 's'}"
+    text = (
+        f"{spread.splits} random splits: easy and normal each lose at most {points} in "
+        f"{100 * spread.each:.0f} % of them, and on average in {100 * spread.together:.0f} %"
+    )
+    return f"{text}; nothing was chosen in {spread.unchanged}" if spread.unchanged else text
+
+
+def write_trade(
+    found: Trade,
+    directory: str | Path,
+    *,
+    max_drop: float,
+    splits: Sequence[Outcome] = (),
+    model: str | None = None,
+) -> None:
+    """debias.json, debias.md, debias.svg and, where a point was chosen, profile.yaml.
+
+    Args:
+        splits: the same on random splits.  model: fingerprint of the features, for the profile.
+    """
     with replace_files(directory) as staging:
         if found.chosen:
-            write_profile(found.chosen.profile, staging / "profile.yaml")
+            write_profile(replace(found.chosen.profile, model=model), staging / "profile.yaml")
+        spread = Spread.of(splits, max_drop) if splits else None
         rows = [trade_cells(None, found.held, False)]
         rows += [trade_cells(p, found.held, p is found.chosen) for p in found.points]
         text = [
@@ -58,25 +91,38 @@ def write_trade(found: Trade, directory: str | Path) -> None:
             "",
             *table(TRADE_HEADINGS, rows),
             "",
-            "RM-Bench accuracy in percent on prompts that took no part in fitting or choosing.",
+            f"RM-Bench accuracy in percent on {found.held_prompts:,} prompts that took no part in "
+            f"fitting or choosing; `profile.yaml` was fitted and chosen on the other "
+            f"{found.fit_prompts:,}.",
             "",
             "![The trade](debias.svg)",
         ]
+        if spread:
+            text += ["", "## Other splits", "", *table(SPREAD_HEADINGS, spread_cells(spread))]
+            text += [
+                "",
+                f"{spread_text(spread, max_drop)}. Each one fitted, chose and judged anew.",
+            ]
         (staging / "debias.md").write_text("\n".join(text) + "\n", "utf-8")
         page = {
             "fitted": found.fitted,
             "held": found.held,
+            "fit_prompts": found.fit_prompts,
+            "held_prompts": found.held_prompts,
+            "max_drop": max_drop,
             "points": [
                 {
                     "kind": p.kind,
                     "strength": p.strength,
                     "chosen": p is found.chosen,
                     "fitted": p.fitted,
+                    "error": p.error,
                     "held": p.held,
                     "profile": profile_fields(p.profile),
                 }
                 for p in found.points
             ],
+            "splits": spread and {**asdict(spread), "outcomes": [asdict(one) for one in splits]},
         }
         (staging / "debias.json").write_text(json.dumps(page, indent=2) + "\n", "utf-8")
         _plot_trade(found, staging / "debias.svg")

@@ -160,4 +160,5 @@ def _effect(times, sums, squares, counts) -> tuple[np.ndarray, np.ndarray]:
     n = times @ counts
     mean, square = sums.T @ times / n, squares.T @ times / n
     spread = np.sqrt(np.maximum(square - mean**2, 0))
-    return mean, np.divide(mean, spread, out=np.zeros_like(mean), where=spread > 1e-12)
+    spread = np.maximum(spread, 1e-6 * np.abs(mean))  # a shift that never varies: an effect of 1e6
+    return mean, np.divide(mean, spread, out=np.zeros_like(mean), where=spread > 0)

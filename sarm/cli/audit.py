@@ -118,38 +118,54 @@ def debias(
     max_drop: Annotated[
         float, typer.Option(help="Points that easy and normal may each lose, out of fold.")
     ] = 1.0,
+    margin: Annotated[
+        float, typer.Option(min=0, help="Standard errors that the loss must stay below that.")
+    ] = 1.0,
+    splits: Annotated[
+        int, typer.Option(min=0, help="Random splits on which all of it is repeated and judged.")
+    ] = 0,
     max_length: MaxLength = 4096,
     cache: Cache = None,
     dtype: Dtype = None,
     quantization: Quantization = None,
 ) -> None:
     """Suppress style features: chosen on half of the prompts, judged on the other half."""
-    from sarm.audit.debias import trade
-    from sarm.audit.report import TRADE_HEADINGS, trade_cells, write_trade
-    from sarm.audit.style import style_scores, triple_twins
+    from sarm.audit.debias import Spread, repeated, trade
+    from sarm.audit.report import (
+        SPREAD_HEADINGS,
+        TRADE_HEADINGS,
+        spread_cells,
+        spread_text,
+        trade_cells,
+        write_trade,
+    )
     from sarm.evaluation import benchmarks
     from sarm.evaluation.sources import split_prompts
+    from sarm.steering.files import features_fingerprint
 
-    halves = split_prompts(benchmarks.rm_bench(*rm_bench), 2)
-    loaded, (fit, held) = _latents(model, halves, max_length, cache, dtype, quantization)
-    scores = [style_scores(fit, twins, _head(loaded)) for twins in triple_twins(fit)]
-    found = trade(
-        fit,
-        held,
-        scores,
-        loaded.score.weight[:1].detach(),
-        features=features,
-        high=high,
-        max_drop=max_drop / 100,
-    )
+    whole = benchmarks.rm_bench(*rm_bench)
+    suite = [*split_prompts(whole, 2), whole]
+    loaded, (fit, held, both) = _latents(model, suite, max_length, cache, dtype, quantization)
+    weight, most = loaded.score.weight[:1].detach(), max_drop / 100
+    options: dict = {"features": features, "high": high, "max_drop": most, "margin": margin}
+    found = trade(fit, held, weight, **options)
     rows = Table(*TRADE_HEADINGS, box=None)
     rows.add_row(*trade_cells(None, found.held, False))
     for point in found.points:
         rows.add_row(*trade_cells(point, found.held, point is found.chosen))
     stdout.print(rows)
     if found.chosen is None:
-        stdout.print("no point gains on hard without losing more than --max-drop on the others")
-    write_trade(found, out)
+        stdout.print("no point gains on hard and surely keeps the others within --max-drop")
+    again = repeated(both, weight, splits, **options)
+    if again:
+        spread = Spread.of(again, most)
+        rows = Table(*SPREAD_HEADINGS, box=None)
+        for cells in spread_cells(spread):
+            rows.add_row(*cells)
+        stdout.print(rows)
+        stdout.print(spread_text(spread, most), soft_wrap=True, markup=False)
+    mine = features_fingerprint(loaded)
+    write_trade(found, out, max_drop=most, splits=again, model=mine)
 
 
 @group.command()

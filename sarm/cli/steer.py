@@ -102,6 +102,9 @@ def find(
     off_rm_bench: Sources = None,
     off_preferences: Sources = None,
     off_reward_bench_2: Sources = None,
+    tune_rm_bench: Sources = None,
+    tune_preferences: Sources = None,
+    tune_reward_bench_2: Sources = None,
     method: Annotated[
         str, typer.Option(help="contrast (published), bounded or gate; see docs/steering.md.")
     ] = "contrast",
@@ -111,7 +114,10 @@ def find(
         float, typer.Option(help="contrast: share of resamples that must select a feature.")
     ] = 0.8,
     shift: Annotated[
-        float, typer.Option(help="bounded, gate: rise of the domain's chosen answers, in sd.")
+        float,
+        typer.Option(
+            help="bounded, gate: rise of the domain's chosen answers (--tune-...), in sd."
+        ),
     ] = 1.0,
     limit: Annotated[
         int | None, typer.Option(min=1, help="bounded, gate: features used at most.")
@@ -128,7 +134,8 @@ def find(
     """Find the features of a domain and write a profile that steers it.
 
     The domain is given by --rm-bench, --preferences or --reward-bench-2, what must stay as it is by
-    the --off- options. FILE#1/2 is half of a file's prompts, FILE#source=rmb/* a field's value.
+    the --off- options; --tune- options give other answers of the domain, which set a gate's
+    strength. FILE#1/2 is half of a file's prompts, FILE#source=rmb/* a field's value.
     """
     from sarm.evaluation.profiles import read_latents
     from sarm.evaluation.sources import read_suite
@@ -139,24 +146,29 @@ def find(
         raise InputError(f"--method must be contrast, bounded or gate, got {method!r}")
     target = read_suite(preferences, rm_bench, reward_bench_2)
     off = read_suite(off_preferences, off_rm_bench, off_reward_bench_2)
+    tune = read_suite(tune_preferences, tune_rm_bench, tune_reward_bench_2)
     if not target:
         raise InputError("steer find: pass --rm-bench, --preferences or --reward-bench-2")
+    if tune and method != "gate":
+        raise InputError(f"steer find: --method {method} has no strength to set by --tune-...")
     if method != "contrast" and not off:
         raise InputError(f"steer find: --method {method} needs an off-target set (--off-...)")
     with bars() as add:
         loaded, sets = read_latents(
             model,
-            [*target, *off],
+            [*target, *off, *tune],
             max_length=max_length,
             cache=cache,
             dtype=float_type(dtype),
             quantization=quantization,
             progress=add("backbone, tokens", None).to,
         )
+    after = len(target) + len(off)
     found = domain_profile(
         loaded,
         merged(sets[: len(target)]),
-        sets[len(target) :],
+        sets[len(target) : after],
+        tune=merged(sets[after:]) if tune else None,
         method=method,
         top=top,
         factor=factor,
@@ -187,7 +199,13 @@ def find(
         stdout.print(line, soft_wrap=True, markup=False)
     if found.warning:
         stderr.print(found.warning, markup=False, soft_wrap=True)
-    stdout.print(f"{out}: {len(found.profile.changes)} features changed", soft_wrap=True)
+    gate = found.profile.when
+    what = (
+        f"gate over {len(gate.weights)} features"
+        if gate
+        else (f"{len(found.profile.changes)} features changed")
+    )
+    stdout.print(f"{out}: {what}", soft_wrap=True)
 
 
 @group.command("eval")
@@ -206,6 +224,13 @@ def evaluate(
         Path | None, typer.Option("--out", "-o", help="Folder for JSON, Markdown and a plot.")
     ] = None,
     features: Labels = None,
+    cross: Annotated[
+        bool,
+        typer.Option(
+            "--cross",
+            help="The i-th of N profiles was found without FILE#i/N: it judges that part.",
+        ),
+    ] = False,
     max_length: MaxLength = 4096,
     cache: Cache = None,
     dtype: Dtype = None,
@@ -240,7 +265,7 @@ def evaluate(
     profiles = [_read_profile(path, features, loaded) for path in profile]
     names = [p.name or path.stem for p, path in zip(profiles, profile, strict=True)]
     heads = Heads.of(loaded, [{}, *profiles])
-    result = evaluate_steering(heads, names, sets[: len(target)], sets[len(target) :])
+    result = evaluate_steering(heads, names, sets[: len(target)], sets[len(target) :], cross=cross)
     for titles, lines in (
         (HEADINGS, [shift_cells(shift) for shift in result.shifts]),
         (headings(result.accuracies), [cells(one) for one in result.accuracies]),

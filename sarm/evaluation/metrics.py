@@ -222,6 +222,16 @@ def bootstrap(
     return _estimate(point[0, 0], replicates[:, 0, 0])
 
 
+def standard_error(values: np.ndarray, groups: np.ndarray) -> float:
+    """Standard error of the mean of values (M,) when whole groups are sampled; inf for one group.
+
+    groups: (M,) integers >= 0.
+    """
+    sums = np.bincount(groups, values - values.mean())
+    n = len(np.unique(groups))
+    return float(np.sqrt(n / (n - 1) * sums @ sums)) / len(values) if n > 1 else np.inf
+
+
 def _estimate(value: float, replicates: np.ndarray) -> Estimate:
     low, high = np.nanquantile(replicates, [0.025, 0.975])
     return Estimate(float(value), float(low), float(high))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -90,6 +90,16 @@ class LatentSet:
             out += [(c, r, i) for c in range(start, middle) for r in range(middle, end)]
             start = end
         return np.array(out).reshape(-1, 3)
+
+    def part(self, items: np.ndarray) -> LatentSet:
+        """The items that (I,) bool says, with their conversations."""
+        kept = [item for item, keep in zip(self.benchmark.items, items, strict=True) if keep]
+        rows = np.flatnonzero(np.asarray(items)[self.item])
+        latents = SparseLatents(self.latents.vals[rows], self.latents.idx[rows])
+        cut = tuple(self.cut[i] for i in rows) if self.cut else ()
+        return replace(
+            self, benchmark=replace(self.benchmark, items=kept), latents=latents, cut=cut
+        )
 
     def rewards(self, heads: Heads) -> np.ndarray:
         """(N, P) fp64."""

@@ -13,10 +13,12 @@ import numpy as np
 from sarm.errors import InputError
 from sarm.evaluation.metrics import Estimate, Result, bootstrap, evaluate
 from sarm.evaluation.profiles import LatentSet
+from sarm.evaluation.sources import part_of
 from sarm.steering import Heads
 from sarm.steering.solve import changed_pairs
 
 BEFORE = "before"
+CROSSED = "cross-fitted"
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,15 @@ def evaluate_steering(
     names: Sequence[str],
     target: Sequence[LatentSet],
     off: Sequence[LatentSet],
+    *,
+    cross: bool = False,
 ) -> SteeringResult:
     """Judge P profiles on target and off-target sets, each set in one pass over its latents.
 
     Args:
         heads: 1 + P heads, the first unsteered.  names: of the P profiles.
+        cross: judge them as one: an answer by profile i where its prompt is in part i of P
+            (`FILE#i/P`), which found without that part has not seen it.
     Raises:
         InputError: no target, profiles of one name, or a set whose rewards are all equal.
     """
@@ -75,8 +81,14 @@ def evaluate_steering(
     if twice is not None:
         raise InputError(f"steer eval: two profiles are called {twice!r}; give them names")
     shifts, accuracies, rewards = [], [], {}
+    parts, names = len(names), [CROSSED] if cross else names
     for one in (*target, *off):
-        found = rewards[one.benchmark.name] = one.rewards(heads)
+        found = one.rewards(heads)
+        if cross:
+            by_item = [part_of(item.group, parts) for item in one.benchmark.items]
+            own = found[np.arange(len(found)), np.array(by_item)[one.item]]
+            found = np.column_stack([found[:, 0], own])
+        rewards[one.benchmark.name] = found
         if not np.isfinite(found).all():
             raise InputError(f"{one.benchmark.name}: a profile makes rewards that are not finite")
         sd = found[:, 0].std()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from sarm.errors import InputError
 from sarm.ops import SparseLatents
 from sarm.steering.files import features_fingerprint
 from sarm.steering.finding import Contrast, contrast
+from sarm.steering.gate import fit_gate
 from sarm.steering.heads import Heads
 from sarm.steering.profile import Change, SteeringProfile
-from sarm.steering.solve import bounded_head, fit_gate
+from sarm.steering.solve import bounded_head
 
 if TYPE_CHECKING:
     from sarm.evaluation.profiles import LatentSet
@@ -39,6 +41,7 @@ def domain_profile(
     target: LatentSet,
     off: Sequence[LatentSet],
     *,
+    tune: LatentSet | None = None,
     method: str,
     name: str = "",
     top: int = 10,
@@ -51,11 +54,19 @@ def domain_profile(
 
     Args:
         method: "contrast": the `top` features by contrast that a `stability` share of resamples
-            selects, multiplied by `factor`.  "bounded", "gate": see `sarm.steering.solve`; `shift`
-            in sd of the target's rewards, with `limit` features at most.
+            selects, multiplied by `factor`.  "bounded", "gate": see `sarm.steering.solve` and
+            `sarm.steering.gate`; `shift` in sd of the rewards, with `limit` features at most.
+        tune: gate: another sample of the domain, whose chosen answers are to rise by `shift`.
     Raises:
-        InputError: no feature is stable, or the target's rewards are all equal.
+        InputError: a number that is not finite, no off-target set where the method needs one, no
+        feature is stable, or the rewards that `shift` is measured in are all equal;
+        see also the method.
     """
+    for option, value in (("factor", factor), ("shift", shift)):
+        if not math.isfinite(value):
+            raise InputError(f"steer find: {option} must be a finite number, got {value}")
+    if method != "contrast" and not off:
+        raise InputError(f"steer find: method {method} needs an off-target set")
     scores = contrast(target.matrix, target.chosen, target.groups, top=min(top, target.n_latents))
     about: dict[str, Any] = {"name": name, "model": features_fingerprint(model)}
     if method == "contrast":
@@ -69,10 +80,11 @@ def domain_profile(
         changes = {int(j): Change(multiply=factor) for j in chosen}
         return Found(SteeringProfile(changes, description=text, **about), scores)
     plain = Heads(model, model.score.weight[:1])
-    before = target.rewards(plain)[:, 0]
-    if not before.std() > 0:
-        raise InputError("steer find: the target's rewards are all equal")
-    wanted = shift * float(before.std())
+    measured = tune or target
+    sd = float(measured.rewards(plain)[:, 0].std())
+    if not sd > 0:
+        raise InputError(f"steer find: the rewards of {measured.benchmark.name} are all equal")
+    wanted = shift * sd
     if method == "bounded":
         features = None
         if limit is not None:
@@ -82,17 +94,19 @@ def domain_profile(
         text = f"bounded head, {shift:g} sd on the finding set"
         return Found(SteeringProfile(changes, description=text, **about), scores)
     rewards = [one.rewards(plain)[:, 0] for one in off]
-    fit = fit_gate(target, off, rewards, wanted, features=limit)
-    text = f"gate over {len(fit.gate.weights)} features, {shift:g} sd on the finding set"
+    fit = fit_gate(target, off, rewards, wanted, tune=tune, features=limit)
+    text = f"gate over {len(fit.gate.weights)} features, {shift:g} sd on {measured.benchmark.name}"
     notes = [f"gate: opens for {100 * fit.opens:.1f} % of the chosen answers, out of fold"]
-    for one, mean, changes_ in zip(off, fit.off_means, fit.off_changes, strict=True):
+    if tune is not None:
+        notes.append(f"{tune.benchmark.name}: for {100 * fit.tuned:.1f} % of the chosen answers")
+    for one, seen in zip(off, fit.off, strict=True):
         notes.append(
-            f"{one.benchmark.name}: mean {mean:+.3f} sd, order of {100 * changes_:.2f} % of pairs "
-            "changes, out of fold"
+            f"{one.benchmark.name}: touches {100 * seen.touched:.2f} % of pairs "
+            f"(standard error {100 * seen.error:.2f}), changes the order of "
+            f"{100 * seen.changes:.2f} %, mean {seen.mean:+.3f} sd, out of fold"
         )
     warning = None if fit.within else "no threshold keeps the off-target sets within bounds"
-    profile = SteeringProfile({}, fit.gate, description=text, **about)
-    return Found(profile, scores, notes, warning)
+    return Found(SteeringProfile({}, fit.gate, description=text, **about), scores, notes, warning)
 
 
 def merged(sets: Sequence[LatentSet]) -> LatentSet:

@@ -41,10 +41,10 @@ class Contrast:
     agreement: float
     top: int
 
-    def stable(self, share: float, least: float = 0.0) -> np.ndarray:
-        """Features among the `top` in at least this share of resamples, best score first."""
+    def stable(self, share: float) -> np.ndarray:
+        """Features with a positive score among the `top` in this share of resamples, best first."""
         order = np.argsort(-self.score, kind="stable")
-        keep = (self.selected[order] >= share) & (self.score[order] > least)
+        keep = (self.selected[order] >= share) & (self.score[order] > 0)
         return order[keep]
 
 
@@ -70,7 +70,7 @@ def contrast(
     n_groups, n_latents = int(number.max()) + 1, activations.shape[1]
     if n_groups < 2:
         raise InputError(f"contrast: needs at least 2 prompts, got {n_groups}")
-    if not activations.nnz:
+    if not activations.count_nonzero():  # nnz counts the zeros that fill rows up
         raise InputError("contrast: no feature is active")
     if not 1 <= top <= n_latents:
         raise InputError(f"contrast: top must be in [1, {n_latents}], got {top}")
@@ -99,7 +99,8 @@ def contrast(
 def contrast_score(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
     """(F,) scores of summed activations (F,); 0 where both are 0."""
     total = chosen + rejected
-    return (chosen - rejected) / (total + total.mean())
+    scale = total + total.mean()  # 0 where a resample holds no activation at all
+    return np.divide(chosen - rejected, scale, out=np.zeros(len(scale)), where=scale > 0)
 
 
 def _by_group(activations, number: np.ndarray, rows: np.ndarray, n_groups: int) -> sp.csr_matrix:

@@ -21,6 +21,7 @@ PROFILES = {
     "all": SteeringProfile({j: Change(2.0, -0.1, 0.1, 1.0) for j in range(0, 96, 2)}),
     "gate": SteeringProfile({}, GATE),
     "gate and all": SteeringProfile({j: Change(0.5, 0.2, 0.0, 0.9) for j in EVERY}, GATE),
+    "gate and nothing": SteeringProfile({j: Change(add=0.5, high=0.0) for j in EVERY}, GATE),
 }
 
 
@@ -101,6 +102,24 @@ def test_an_inactive_feature_stays_out_whatever_its_clamp(make_scorer, conversat
     silent = next(j for j in EVERY if j not in used)
     profile = SteeringProfile({silent: Change(add=5.0, low=3.0)})
     assert torch.equal(scorer.steer(profile).score(conversations), scorer.score(conversations))
+
+
+def test_zeros_that_fill_a_row_up_are_not_clamped(make_scorer):
+    """A TopK row with fewer than k positive activations ends in zeros, which are no activations."""
+    heads = Heads.of(make_scorer().model, [SteeringProfile({j: Change(low=5.0) for j in EVERY})])
+    vals, idx = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[4, 7, 9]])
+    expected = 5.0 * heads.weight[0, 4].item()
+    assert heads.from_latents(vals, idx).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_reward_is_continuous_where_the_gate_opens(make_scorer):
+    model = make_scorer().model
+    heads = Heads.of(model, [{}, SteeringProfile({}, Gate({4: 2.0}, 3.0, 0.7))])
+    z = torch.tensor([1.5 - 1e-4, 1.5 + 1e-4, 2.5])[:, None]
+    plain, gated = heads.from_latents(z, torch.full((3, 1), 4)).T
+    added = (gated - plain).tolist()
+    assert added[0] == 0.0
+    assert added == pytest.approx([0.0, 1.4e-4, 1.4], abs=1e-5)
 
 
 def test_linear_profiles_compose_with_a_program(make_scorer, conversations):

@@ -101,9 +101,13 @@ def test_a_gate_is_baked_into_the_config(sarm, place, tmp_path):
     profile = tmp_path / "p.yaml"
     sarm("steer", "find", *common(place), "--rm-bench", f"{place / 'chat.json'}#1/2",
          "--off-preferences", place / "pairs.jsonl", "--method", "gate", "--limit", 6,
-         "-o", profile)  # fmt: skip
+         "--tune-rm-bench", f"{place / 'chat.json'}#2/2", "-o", profile)  # fmt: skip
     read = read_profile(profile)
     assert len(read.when.weights) == 6
+    assert "1 sd on RM-Bench chat (2/2)" in read.description
+    told = sarm("steer", "eval", *common(place), "-p", profile, "--cross", "--rm-bench",
+                f"{place / 'chat.json'}#2/2")  # fmt: skip
+    assert "cross-fitted" in told
     told = sarm("steer", "-m", place / "rm", "-p", profile, "-o", tmp_path / "baked")
     assert "in config.json, behind its gate" in " ".join(told.split())
     baked = SARMScorer.from_pretrained(tmp_path / "baked")
@@ -117,6 +121,8 @@ def test_a_gate_is_baked_into_the_config(sarm, place, tmp_path):
     [(["find", "-o", "p"], "pass --rm-bench, --preferences or"),
      (["find", "-o", "p", "--preferences", "{}", "--method", "x"], "--method must be contrast"),
      (["find", "-o", "p", "--preferences", "{}", "--method", "gate"], "needs an off-target set"),
+     (["find", "-o", "p", "--preferences", "{}", "--tune-preferences", "{}"],
+      "--method contrast has no strength to set"),
      (["find", "-o", "p", "--preferences", "{}#3/2"], "part 3 of 2; expected 1 to 2"),
      (["find", "-o", "p", "--preferences", "{}#half"], "expected #I/N .* got 'half'"),
      (["find", "-o", "p", "--preferences", "{}#source=x*"], "no items left of 60"),
@@ -140,8 +146,10 @@ def test_audits(sarm, place, tmp_path):
         assert name in told
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 1 + 4 * 64
     sarm("audit", "debias", *common(place), "--rm-bench", place / "chat.json", "-o", tmp_path / "d",
-         "--features", 10)  # fmt: skip
-    assert "| as it is |" in (tmp_path / "d" / "debias.md").read_text("utf-8")
+         "--features", 10, "--splits", 2)  # fmt: skip
+    text = (tmp_path / "d" / "debias.md").read_text("utf-8")
+    assert "| as it is |" in text
+    assert "2 random splits" in text
     told = sarm("audit", "preferences", *common(place), pairs, "-o", tmp_path / "p.jsonl")
     assert "of 60 labels contradict the features" in told
     reference = tmp_path / "r.safetensors"
