@@ -217,29 +217,32 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad():
             attended = ctx.lean.attend(*inputs[:6])
         d_attended, *of_feed = _in_chunks(ctx.lean.feed, attended.detach(), d_out, inputs[6:])
-        assert d_attended is not None
         found = [*_gradients(attended, inputs[:6], d_attended), *of_feed]
         return found[0], None, *found[1:]
 
 
 def _in_chunks(
     feed: Callable[..., Tensor], hidden: Tensor, d_out: Tensor, weights: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Gradients of feed(hidden, *weights), which works row by row: of hidden and of the weights."""
-    d_hidden = torch.zeros_like(hidden)
+) -> list[Any]:
+    """Gradients of feed(hidden, *weights), which works row by row: of hidden and of the weights.
+
+    That of hidden takes its place in memory.
+    """
     sums = [torch.zeros_like(w) if w.requires_grad else None for w in weights]
-    parts = (t.split(CHUNK) for t in (hidden, d_out, d_hidden))
-    for part, d_part, found in zip(*parts, strict=True):
+    for rows, d_rows in zip(hidden.split(CHUNK), d_out.split(CHUNK), strict=True):
+        part = rows.clone().requires_grad_()
         with torch.enable_grad():
-            out = feed(part.requires_grad_(), *weights)
-        for total, d in zip((found, *sums), _gradients(out, [part, *weights], d_part), strict=True):
-            if total is not None and d is not None:
+            out = feed(part, *weights)
+        d_part, *found = _gradients(out, [part, *weights], d_rows)
+        rows.copy_(d_part)
+        for total, d in zip(sums, found, strict=True):
+            if total is not None:
                 total.add_(d)
-    return [d_hidden, *sums]
+    return [hidden, *sums]
 
 
-def _gradients(out: Tensor, inputs: Sequence[Tensor], d_out: Tensor) -> list[Tensor | None]:
-    """None for the inputs that need none."""
+def _gradients(out: Tensor, inputs: Sequence[Tensor], d_out: Tensor) -> list[Any]:
+    """A tensor for every input that needs a gradient, None for the others."""
     learn = [t for t in inputs if t.requires_grad]
     found = iter(torch.autograd.grad(out, learn, d_out) if learn else ())
     return [next(found) if t.requires_grad else None for t in inputs]
