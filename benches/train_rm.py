@@ -217,7 +217,16 @@ def held_mib(model: SarmForSequenceClassification, mode: int, dtype: str) -> flo
 
 
 def _step(way: str, dtype: str, mode: int, step: list[EncodedPair]) -> Callable[[], list[float]]:
-    return epoch_of(way, dtype, make_scorer("cpu", torch.float32).model, mode, [step])
+    """The first call, before the measured one, makes Adam's state with the short pair alone."""
+    batches = [step[:1]]
+    epoch = epoch_of(way, dtype, make_scorer("cpu", torch.float32).model, mode, batches)
+
+    def call() -> list[float]:
+        losses = epoch()
+        batches[0] = step
+        return losses
+
+    return call
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -36,7 +36,7 @@ class HeadFit:
     weight: (F,) in the units of the features.  loss: of the training pairs, without penalty.
     gradient_norm: largest absolute component at the optimum, in scaled units.
     iterations: Newton steps, or heads of a path.  seconds: cross-validation included.
-    cv: mean held-out log loss for every l2 that was tried, see `_cross_validate` (else empty).
+    cv: mean held-out log loss for every l2 that was tried, see `cross_validate` (else empty).
     """
 
     weight: np.ndarray
@@ -71,8 +71,8 @@ def fit_head(
         sums: (M, F) features of chosen plus rejected, where centre > 0.
         centre: weight of the mean squared sum of a pair's two rewards.
     Raises:
-        InputError: fewer than 2 pairs, non-finite features, no pair that differs, or l2=None with
-        pairs of a single prompt.
+        InputError: fewer than 2 pairs, non-finite features, no pair that differs, l2=None with
+        pairs of a single prompt, or an l2, a margin or a centre out of range.
     """
     started = time.perf_counter()
     problem, scale = scaled_problem(
@@ -83,9 +83,9 @@ def fit_head(
     turned = problem if axes is None else PairLoss(problem.differences @ axes, problem.margins)
     cv: dict[float, float] = {}
     if l2 is None:
-        cv = _cross_validate(turned, groups, folds)
+        cv = cross_validate(turned, groups, folds)
         l2 = min(cv, key=lambda value: (cv[value], -value))
-    elif not l2 > 0:
+    elif not 0 < l2 < np.inf:
         raise InputError(f"fit_head: l2 must be positive, got {l2}")
     found = minimise(turned, l2, np.zeros((turned.shape[1], 1)))
     weight = found.weight[:, 0] if axes is None else axes @ found.weight[:, 0]
@@ -119,6 +119,8 @@ def scaled_problem(
         raise InputError("fit_head: features hold NaN or infinite values")
     if not np.any(data):
         raise InputError("fit_head: chosen and rejected have equal features in every pair")
+    if not 0 <= centre < np.inf:
+        raise InputError(f"fit_head: centre must be >= 0, got {centre}")
     if centre and sums is None:
         raise InputError("fit_head: centring needs the sums of the features")
     scale = _scales(differences, pool)
@@ -129,17 +131,11 @@ def scaled_problem(
     return PairLoss(_divided(differences, scale), asked, totals, centre), scale
 
 
-def cross_validate(
-    differences, groups: Sequence | None, folds: int, pool: float = 0.0
-) -> dict[float, float]:
-    """Mean held-out log loss of the l2 in `L2_GRID`, as `fit_head` finds them."""
-    return _cross_validate(scaled_problem(differences, pool=pool)[0], groups, folds)
+def cross_validate(problem: PairLoss, groups: Sequence | None, folds: int) -> dict[float, float]:
+    """Mean held-out log loss of the penalties of `L2_GRID`, strong ones first, warm-started.
 
-
-def _cross_validate(problem: PairLoss, groups: Sequence | None, folds: int) -> dict[float, float]:
-    """Strong penalties first, warm-started; ends when two in a row were worse than the best.
-
-    Weak penalties take most of the iterations, and lie far on the overfitting side by then.
+    Ends when two in a row were worse than the best: weak penalties take most of the iterations,
+    and lie far on the overfitting side by then.
     """
     held = held_out(problem.shape[0], groups, folds)
     shares = ~held / (~held).sum(0)
