@@ -38,6 +38,7 @@ from sarm.data import read_preferences
 from sarm.demo.run import shipped_pairs
 from sarm.packing.differentiable import packed_attention
 from sarm.tokens import ConversationEncoder
+from sarm.training.allocator import return_big_blocks
 from sarm.training.collate import EncodedPair, PairDataset, collate
 from sarm.training.end_to_end import checkpointed
 from sarm.training.modes import PairModel
@@ -218,6 +219,8 @@ def held_mib(model: SarmForSequenceClassification, mode: int, dtype: str) -> flo
 
 def _step(way: str, dtype: str, mode: int, step: list[EncodedPair]) -> Callable[[], list[float]]:
     """The first call, before the measured one, makes Adam's state with the short pair alone."""
+    if way == SARM:
+        return_big_blocks()  # as `train_pairs` does
     batches = [step[:1]]
     epoch = epoch_of(way, dtype, make_scorer("cpu", torch.float32).model, mode, batches)
 
