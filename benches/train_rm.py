@@ -11,9 +11,12 @@ pairs, AdamW, gradient clipping, the same first weights. How many pairs: `--pair
 SmolLM2-135M-Instruct cut at 15 layers, n_latents 9,216, k 27, random SAE and head (they do not
 change the time). Data: preferences_train.jsonl.gz (--data or $SARM_DATA), a random sample or the
 `--shortest` pairs, else those of the demo. The ways take turns step by step, so that whatever else
-the machine does hits all of them. The note says how far the loss curves are apart. Memory: the
-peak of a step on the longest pair, each way in a process of its own, beyond weights and optimiser
-state, and in the note the total with them.
+the machine does hits all of them. The note says how far the loss curves are apart.
+
+Memory, in cases of its own and each way in a process of its own: the peak of a step of the shortest
+pair, whose gradients are there then as in any step of several pairs, and another one: the longest
+of 1,000 pairs, which is an epoch's peak, or one of median length. Extra MiB are gradients and
+activations; the note has the total with weights and optimiser state, which all ways need.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from sarm.data import PreferencePair, read_preferences
 from sarm.demo.run import shipped_pairs
 from sarm.packing.differentiable import packed_attention
 from sarm.tokens import ConversationEncoder
+from sarm.training.allocator import return_big_blocks
 from sarm.training.collate import EncodedPair, PairDataset, collate
 from sarm.training.end_to_end import checkpointed
 from sarm.training.modes import PairModel
@@ -49,6 +53,7 @@ MODES = (1, 3)
 PUBLISHED, KEPT, SARM = "published", "published, no checkpointing", "sarm"
 WAYS = ((PUBLISHED, "fp32"), (KEPT, "fp32"), (PUBLISHED, "bf16"), (SARM, "fp32"))
 KEPT_TOKENS = 1024
+PAIRS, MEMORY_PAIRS = ("longest", "typical"), 1000
 LR = 4e-6
 MIB = 2**20
 
@@ -58,41 +63,51 @@ Batches = list[Batch]
 
 def run(options: Options) -> list[Row]:
     """Each way in each mode."""
-    cases = {f"mode {mode}": mode for mode in MODES}
+    times = {f"mode {mode}": mode for mode in MODES}
+    peaks = {f"mode {mode}, {which} pair": (mode, which) for mode in MODES for which in PAIRS}
+    scorer = make_scorer(options.device, torch.float32)
     rows = []
-    scorer = None
-    for case, mode in cases.items():
-        ways = [w for w in WAYS if w[1] in options.dtypes and options.wants(case, w[0])]
-        if not ways:
-            continue
-        scorer = scorer or make_scorer(options.device, torch.float32)
-        title, batches = make_batches(scorer, options, mode)
-        options.log(f"{case}  {title}")
-        found = compare(case, title, scorer.model, batches, mode, ways, options)
-        if options.memory:
-            for row in found:
-                add_memory(row, mode, batches, options, scorer)
-        rows += found
+    for case, mode in times.items():
+        if ways := wanted_ways(case, options):
+            title, pairs = sample_pairs(scorer, options, mode, options.pairs)
+            batches = [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
+            options.log(f"{case}  {title}")
+            rows += compare(case, title, scorer.model, batches, mode, ways, options)
+    for case, (mode, which) in peaks.items() if options.memory else ():
+        if ways := wanted_ways(case, options):
+            _, pairs = sample_pairs(scorer, options, mode, MEMORY_PAIRS)
+            pairs.sort(key=lambda pair: (max(map(len, pair.ids)), sum(map(len, pair.ids))))
+            step = [pairs[0], pairs[-1 if which == "longest" else len(pairs) // 2]]
+            rows += peaks_of(case, scorer, step, mode, ways, options)
     if not rows:
-        raise BenchError(f"--only {options.only!r} selects nothing; cases: {', '.join(cases)}")
+        raise BenchError(
+            f"--only {options.only!r} selects nothing; cases: {'; '.join((*times, *peaks))}"
+        )
     return rows
 
 
-def make_batches(scorer: SARMScorer, options: Options, mode: int) -> tuple[str, Batches]:
-    """(what they are, pairs in batches)."""
+def wanted_ways(case: str, options: Options) -> list[tuple[str, str]]:
+    """What --dtype and --only leave of the ways."""
+    return [way for way in WAYS if way[1] in options.dtypes and options.wants(case, way[0])]
+
+
+def sample_pairs(
+    scorer: SARMScorer, options: Options, mode: int, count: int
+) -> tuple[str, list[EncodedPair]]:
+    """(what they are, pairs)."""
     file = options.data / "preferences_train.jsonl.gz" if options.data else None
     if file is not None and file.is_file():
         source, pairs = file.name, list(read_preferences(file))
     else:
         source, pairs = "demo pairs", shipped_pairs()
     if options.shortest:
-        pairs = sorted(pairs, key=characters)[: options.pairs]
-    pairs = random.Random(0).sample(pairs, min(options.pairs, len(pairs)))
+        pairs = sorted(pairs, key=characters)[:count]
+    pairs = random.Random(0).sample(pairs, min(count, len(pairs)))
     encoder = ConversationEncoder(scorer.tokenizer, options.max_length)
     data = PairDataset(pairs, encoder, scorer.model.config.vocab_size, turns=mode >= 2)
-    batches = [data.pairs[i : i + BATCH] for i in range(0, len(data), BATCH)]
     tokens = sum(len(ids) for pair in data.pairs for ids in pair.ids)
-    return f"{source}, {len(data)} pairs, {tokens} tokens, at most {options.max_length}", batches
+    title = f"{source}, {len(data)} pairs, {tokens} tokens, at most {options.max_length}"
+    return title, data.pairs
 
 
 def characters(pair: PreferencePair) -> int:
@@ -184,28 +199,54 @@ def training(
         yield step
 
 
-def add_memory(row: Row, mode: int, batches: Batches, options: Options, scorer: SARMScorer) -> None:
-    """Peak of a step on the longest pair."""
-    longest = max((p for b in batches for p in b), key=lambda pair: max(map(len, pair.ids)))
-    if options.device == "cuda":
-        with training(row.name, row.dtype, scorer.model, mode) as step:
-            step([longest])
-            row.peak_mib = peak_on_cuda(functools.partial(step, [longest]))
-    else:
-        row.peak_mib = peak_on_cpu(_step, row.name, row.dtype, mode, longest)
-    if row.peak_mib is not None:
-        held = sum(
-            p.numel() * DTYPES[row.dtype].itemsize * (3 if p.requires_grad else 1)  # Adam keeps two
-            for p in scorer.model.parameters()
-        )
-        row.note += f", {row.peak_mib + held / MIB:.0f} MiB in all"
+def peaks_of(
+    case: str,
+    scorer: SARMScorer,
+    step: list[EncodedPair],
+    mode: int,
+    ways: list[tuple[str, str]],
+    options: Options,
+) -> list[Row]:
+    """A row for each way, without a time."""
+    chosen, rejected = (len(ids) for ids in step[-1].ids)
+    title = f"a pair of {chosen} and {rejected} tokens"
+    rows = []
+    totals: dict[tuple[str, str], float] = {}
+    for name, dtype in ways:
+        row = Row(case, title, dtype, name)
+        if options.device == "cuda":
+            with training(name, dtype, scorer.model, mode) as run:
+                run(step[:1])
+                row.peak_mib = peak_on_cuda(functools.partial(run, step))
+        else:
+            row.peak_mib = peak_on_cpu(_step, name, dtype, mode, step)
+        rows.append(row)
+        if row.peak_mib is None:
+            continue
+        total = totals[name, dtype] = row.peak_mib + held_mib(scorer.model, mode, dtype)
+        row.note = f"{total:.0f} MiB in all"
+        if (PUBLISHED, "fp32") in totals:
+            row.note += f", {100 * total / totals[PUBLISHED, 'fp32']:.0f} % of published"
+        options.log(f"  {case}, {name}, {dtype}: {row.peak_mib:.0f} MiB, {row.note}")
+    return rows
 
 
-def _step(way: str, dtype: str, mode: int, pair: EncodedPair) -> Callable[[], float]:
+def held_mib(model: SarmForSequenceClassification, mode: int, dtype: str) -> float:
+    """Weights, and the two numbers that Adam keeps of each that learns."""
+    PairModel(model, mode)  # sets requires_grad
+    numbers = sum(p.numel() * (3 if p.requires_grad else 1) for p in model.parameters())
+    return numbers * DTYPES[dtype].itemsize / MIB
+
+
+def _step(way: str, dtype: str, mode: int, step: list[EncodedPair]) -> Callable[[], float]:
+    """The first call, before the measured one, makes Adam's state with the short pair alone."""
+    if way == SARM:
+        return_big_blocks()  # as `train_pairs` does
     opened = contextlib.ExitStack()
-    atexit.register(opened.close)  # the process ends with the call
-    model = make_scorer("cpu", torch.float32).model
-    return functools.partial(opened.enter_context(training(way, dtype, model, mode)), [pair])
+    atexit.register(opened.close)  # the process ends with the measured call
+    run = opened.enter_context(training(way, dtype, make_scorer("cpu", torch.float32).model, mode))
+    calls = iter([step[:1], step])
+    return lambda: run(next(calls))
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -61,26 +61,44 @@ def wanted_states(backbone, batch: PackedBatch, kept_tokens: int | None = None) 
     Args:
         kept_tokens: with gradient checkpointing, how many tokens' activations are kept all the
             same: a pack of fewer is not computed again, of a larger one as few layers as possible.
-            None: all layers but the last are computed again.
+            None: all layers are computed again.
     """
     hidden = embedded(backbone.embed_tokens, batch.ids)[None]
     rope = backbone.rotary_emb(hidden, batch.positions[None])
+    if takes(hidden) and all(map(is_lean, backbone.layers)):  # all layers share these copies
+        rope = tuple(table[..., : table.shape[-1] // 2].contiguous() for table in rope)
     *layers, last = backbone.layers
+    kept = 0
     if kept_tokens is not None:
         # the last ones are kept: their activations are gone when the first are computed again
-        kept = min(len(layers), len(layers) * kept_tokens // max(1, len(batch.ids)))
+        kept = layers_kept(len(layers), len(batch.ids), kept_tokens)
         for i, layer in enumerate(layers):
             layer.gradient_checkpointing = i < len(layers) - kept
     for layer in layers:
         hidden = layer(hidden, position_embeddings=rope, spans=batch.spans)
     if is_lean(last) and takes(hidden):
         found = lean_layer(
-            last, hidden[0], rope=rope, spans=batch.wanted_spans, wanted=batch.wanted
+            last,
+            hidden[0],
+            rope=rope,
+            spans=batch.wanted_spans,
+            wanted=batch.wanted,
+            again=last.gradient_checkpointing and last.training and not kept,
         )
     else:
         window = windows(backbone.config)[-1]
         found = _last_layer(last, hidden[0], (rope[0][0], rope[1][0]), batch, window)
     return backbone.norm(found)
+
+
+def layers_kept(layers: int, tokens: int, kept_tokens: int) -> int:
+    """How many layers' activations fit where those of `kept_tokens` tokens do.
+
+    A layer that is computed again keeps its input, a tenth of what a lean layer keeps.
+    """
+    if tokens <= kept_tokens:
+        return layers
+    return max(0, layers * (10 * kept_tokens - tokens) // (9 * tokens))
 
 
 def _last_layer(

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers.activations import ACT2FN
 from sarm.attention import Spans, attention, windows
 from sarm.packing.forward import rotate
 
+CHUNK = 1024  # rows of an MLP computed again: 6 MiB each of gate and up in SmolLM2-135M
 Rope = tuple[Tensor, Tensor]
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
@@ -70,52 +72,94 @@ def _forward(layer: Any, hidden: Tensor, *, position_embeddings: Rope, spans: Sp
         return type(layer).forward(
             layer, hidden, position_embeddings=position_embeddings, spans=spans
         )
-    lean = functools.partial(lean_layer, layer, rope=position_embeddings, spans=spans)
-    if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(lean, hidden[0])[None]
-    return lean(hidden[0])[None]
+    again = layer.gradient_checkpointing and layer.training
+    return lean_layer(layer, hidden[0], rope=position_embeddings, spans=spans, again=again)[None]
+
+
+@dataclass(frozen=True)
+class LeanLayer:
+    """A layer's computation but for its weights, which are arguments.
+
+    cos, sin: (T, D / 2).  wanted: rows that get a query, whose attention `spans` is; None: all T.
+    eps: of the two norms.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    spans: Spans
+    wanted: Tensor | None
+    head_dim: int
+    scale: float
+    window: int | None
+    eps: tuple[float, float]
+
+    def attend(
+        self, hidden: Tensor, gain: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor
+    ) -> Tensor:
+        """(T, d_model) -> (n, d_model): norm, attention and residual of the n wanted rows."""
+        wide = functools.partial(torch.unflatten, dim=-1, sizes=(-1, self.head_dim))
+        cos, sin = self.cos, self.sin
+        if self.wanted is None:
+            q, k, v = map(wide, _NormLinears.apply(hidden, gain, self.eps[0], w_q, w_k, w_v))
+        else:
+            k, v = map(wide, _NormLinears.apply(hidden, gain, self.eps[0], w_k, w_v))
+            hidden, cos, sin = (t[self.wanted] for t in (hidden, cos, sin))
+            (q,) = map(wide, _NormLinears.apply(hidden, gain, self.eps[0], w_q))
+        mixed = attention(
+            _Rotate.apply(q, cos, sin),
+            _Rotate.apply(k, self.cos, self.sin),
+            v,
+            self.spans,
+            scale=self.scale,
+            window=self.window,
+        )
+        return torch.addmm(hidden, mixed.flatten(1), w_o.t())
+
+    def feed(
+        self, hidden: Tensor, gain: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+    ) -> Tensor:
+        """(n, d_model) -> (n, d_model): norm, MLP and residual."""
+        gate, up = _NormLinears.apply(hidden, gain, self.eps[1], w_gate, w_up)
+        return _GatedDown.apply(hidden, gate, up, w_down)
 
 
 def lean_layer(
-    layer: Any, hidden: Tensor, *, rope: Rope, spans: Spans, wanted: Tensor | None = None
+    layer: Any,
+    hidden: Tensor,
+    *,
+    rope: Rope,
+    spans: Spans,
+    wanted: Tensor | None = None,
+    again: bool = False,
 ) -> Tensor:
     """(T, d_model) -> (T, d_model); of the wanted rows alone, whose attention `spans` is then.
 
     rope: cos and sin (1, T, D), or (1, T, D / 2): their second halves repeat the first.
+    again: keep the input alone and compute the layer again in the backward pass.
     """
     block, mlp = layer.self_attn, layer.mlp
+    norms = layer.input_layernorm, layer.post_attention_layernorm
     half = block.head_dim // 2
     cos, sin = (table[0, :, :half].contiguous() for table in rope)
-    wide = functools.partial(torch.unflatten, dim=-1, sizes=(-1, block.head_dim))
-    norm, weights = layer.input_layernorm, [getattr(block, f"{n}_proj").weight for n in "qkv"]
-    if wanted is None:
-        q, k, v = map(wide, norm_linears(hidden, norm, *weights))
-        q = _Rotate.apply(q, cos, sin)
-    else:
-        k, v = map(wide, norm_linears(hidden, norm, *weights[1:]))
-        hidden = hidden[wanted]
-        (q,) = map(wide, norm_linears(hidden, norm, weights[0]))
-        q = _Rotate.apply(q, cos[wanted], sin[wanted])
-    mixed = attention(
-        q,
-        _Rotate.apply(k, cos, sin),
-        v,
+    lean = LeanLayer(
+        cos,
+        sin,
         spans,
-        scale=block.scaling,
-        window=windows(block.config)[block.layer_idx],
+        wanted,
+        block.head_dim,
+        block.scaling,
+        windows(block.config)[block.layer_idx],
+        (norms[0].variance_epsilon, norms[1].variance_epsilon),
     )
-    hidden = torch.addmm(hidden, mixed.flatten(1), block.o_proj.weight.t())
-    norm = layer.post_attention_layernorm
-    gate, up = norm_linears(hidden, norm, mlp.gate_proj.weight, mlp.up_proj.weight)
-    return _GatedDown.apply(hidden, gate, up, mlp.down_proj.weight)
-
-
-def norm_linears(x: Tensor, norm: Any, *weights: Tensor) -> tuple[Tensor, ...]:
-    """RMSNorm(x) w.T for every w (rows, d_model); keeps x alone for the backward pass."""
-    return _NormLinears.apply(x, norm.weight, norm.variance_epsilon, *weights)
+    attends = norms[0].weight, *(getattr(block, f"{n}_proj").weight for n in "qkvo")
+    feeds = norms[1].weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    if again:
+        return _Recomputed.apply(hidden, lean, *attends, *feeds)
+    return lean.feed(lean.attend(hidden, *attends), *feeds)
 
 
 class _NormLinears(torch.autograd.Function):
+    # RMSNorm(x) W_i^T for every W_i (rows, d_model); x alone is kept
     # u = x / rms(x),  y = u * g,  out_i = y W_i^T
     # d_W_i = d_out_i^T y      d_y = sum_i d_out_i W_i      d_g = sum over tokens of d_y * u
     # d_x = (d_u - u mean(d_u * u)) / rms(x)   with   d_u = d_y * g
@@ -145,6 +189,63 @@ class _NormLinears(torch.autograd.Function):
         mean = product.mul_(gain).mean(-1, keepdim=True)
         d_x = d_y.mul_(gain).addcmul_(unit, mean, value=-1).mul_(scale)
         return d_x, d_gain, None, *d_weights
+
+
+class _Recomputed(torch.autograd.Function):
+    # A lean layer of which the input alone is kept. Its MLP goes `CHUNK` tokens at a time, so that
+    # its intermediates, two thirds of what a layer needs, are never there for all tokens at once.
+    # Attention needs all keys: that half goes in one.
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, lean: LeanLayer, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, *weights)
+        ctx.lean = lean
+        out = lean.attend(hidden, *weights[:5])
+        for part in out.split(CHUNK):
+            part.copy_(lean.feed(part, *weights[5:]))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple:
+        hidden, *weights = ctx.saved_tensors
+        inputs = [
+            t.detach().requires_grad_(needed)
+            for t, needed in zip(
+                (hidden, *weights), ctx.needs_input_grad[:1] + ctx.needs_input_grad[2:], strict=True
+            )
+        ]
+        with torch.enable_grad():
+            attended = ctx.lean.attend(*inputs[:6])
+        d_attended, *of_feed = _in_chunks(ctx.lean.feed, attended.detach(), d_out, inputs[6:])
+        found = [*_gradients(attended, inputs[:6], d_attended), *of_feed]
+        return found[0], None, *found[1:]
+
+
+def _in_chunks(
+    feed: Callable[..., Tensor], hidden: Tensor, d_out: Tensor, weights: Sequence[Tensor]
+) -> list[Any]:
+    """Gradients of feed(hidden, *weights), which works row by row: of hidden and of the weights.
+
+    That of hidden takes its place in memory.
+    """
+    sums = [torch.zeros_like(w) if w.requires_grad else None for w in weights]
+    for rows, d_rows in zip(hidden.split(CHUNK), d_out.split(CHUNK), strict=True):
+        part = rows.clone().requires_grad_()
+        with torch.enable_grad():
+            out = feed(part, *weights)
+        d_part, *found = _gradients(out, [part, *weights], d_rows)
+        rows.copy_(d_part)
+        for total, d in zip(sums, found, strict=True):
+            if total is not None:
+                total.add_(d)
+    return [hidden, *sums]
+
+
+def _gradients(out: Tensor, inputs: Sequence[Tensor], d_out: Tensor) -> list[Any]:
+    """A tensor for every input that needs a gradient, None for the others."""
+    learn = [t for t in inputs if t.requires_grad]
+    found = iter(torch.autograd.grad(out, learn, d_out) if learn else ())
+    return [next(found) if t.requires_grad else None for t in inputs]
 
 
 class _GatedDown(torch.autograd.Function):

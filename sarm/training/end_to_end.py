@@ -23,6 +23,7 @@ from sarm.packing.differentiable import packed_attention
 from sarm.sae import TopKSAE
 from sarm.states import fingerprint
 from sarm.training.adapters import add_lora, merge_lora
+from sarm.training.allocator import return_big_blocks
 from sarm.training.collate import PairDataset
 from sarm.training.distributed import fsdp
 from sarm.training.distributed.world import launched
@@ -85,6 +86,8 @@ def train_pairs(
         raise InputError(
             f"the SAE has d_model={sae.d_model}, the backbone {backbone.config.hidden_size}"
         )
+    if backbone.device.type == "cpu":
+        return_big_blocks()
     sae = copy.deepcopy(sae).float().to(backbone.device)
     head = torch.zeros(1, sae.n_latents) if head is None else head
     work = Path(out) / WORK

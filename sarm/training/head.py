@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.optimize import minimize
 
 from sarm.errors import InputError
-from sarm.training.pair_loss import PairLoss
+from sarm.training.newton import minimise
+from sarm.training.pair_loss import PairLoss, mean_squares
 
 SPARSE_POOL = 1.0
+WIDEST_ROTATED = 1024  # F^3 work: 0.3 s for a 576-wide probe, minutes at 4,096 (two CPU cores)
 L2_GRID = tuple(float(x) for x in np.logspace(-4, 1, 11))
 
 
@@ -34,7 +35,8 @@ class HeadFit:
 
     weight: (F,) in the units of the features.  loss: of the training pairs, without penalty.
     gradient_norm: largest absolute component at the optimum, in scaled units.
-    cv: mean held-out log loss for every l2 that was tried, see `_cross_validate` (else empty).
+    iterations: Newton steps, or heads of a path.  seconds: cross-validation included.
+    cv: mean held-out log loss for every l2 that was tried, see `cross_validate` (else empty).
     """
 
     weight: np.ndarray
@@ -69,27 +71,32 @@ def fit_head(
         sums: (M, F) features of chosen plus rejected, where centre > 0.
         centre: weight of the mean squared sum of a pair's two rewards.
     Raises:
-        InputError: fewer than 2 pairs, non-finite features, no pair that differs, or l2=None with
-        pairs of a single prompt.
+        InputError: fewer than 2 pairs, non-finite features, no pair that differs, l2=None with
+        pairs of a single prompt, or an l2, a margin or a centre out of range.
     """
     started = time.perf_counter()
     problem, scale = scaled_problem(
         differences, pool=pool, margins=margins, sums=sums, centre=centre
     )
+    # a rotation leaves |w| as it is; to the principal axes, it makes the Hessian nearly diagonal
+    axes = _principal_axes(problem)
+    turned = problem if axes is None else PairLoss(problem.differences @ axes, problem.margins)
     cv: dict[float, float] = {}
     if l2 is None:
-        cv = _cross_validate(problem, groups, folds)
+        cv = cross_validate(turned, groups, folds)
         l2 = min(cv, key=lambda value: (cv[value], -value))
-    elif not l2 > 0:
+    elif not 0 < l2 < np.inf:
         raise InputError(f"fit_head: l2 must be positive, got {l2}")
-    result = _solve(problem, l2, np.zeros(problem.shape[1]))
+    found = minimise(turned, l2, np.zeros((turned.shape[1], 1)))
+    weight = found.weight[:, 0] if axes is None else axes @ found.weight[:, 0]
+    loss, gradient = problem(weight)
     return HeadFit(
-        weight=result.x / scale,
+        weight=weight / scale,
         l2=l2,
-        loss=problem(result.x)[0],
-        accuracy=pair_accuracy(problem.differences @ result.x),
-        gradient_norm=float(np.abs(result.jac).max()),
-        iterations=int(result.nit),
+        loss=loss,
+        accuracy=pair_accuracy(problem.differences @ weight),
+        gradient_norm=float(np.abs(gradient + l2 * weight).max()),
+        iterations=found.steps,
         seconds=time.perf_counter() - started,
         cv=cv,
     )
@@ -112,6 +119,8 @@ def scaled_problem(
         raise InputError("fit_head: features hold NaN or infinite values")
     if not np.any(data):
         raise InputError("fit_head: chosen and rejected have equal features in every pair")
+    if not 0 <= centre < np.inf:
+        raise InputError(f"fit_head: centre must be >= 0, got {centre}")
     if centre and sums is None:
         raise InputError("fit_head: centring needs the sums of the features")
     scale = _scales(differences, pool)
@@ -122,42 +131,38 @@ def scaled_problem(
     return PairLoss(_divided(differences, scale), asked, totals, centre), scale
 
 
-def cross_validate(
-    differences, groups: Sequence | None, folds: int, pool: float = 0.0
-) -> dict[float, float]:
-    """Mean held-out log loss of the l2 in `L2_GRID`, as `fit_head` finds them."""
-    return _cross_validate(scaled_problem(differences, pool=pool)[0], groups, folds)
+def cross_validate(problem: PairLoss, groups: Sequence | None, folds: int) -> dict[float, float]:
+    """Mean held-out log loss of the penalties of `L2_GRID`, strong ones first, warm-started.
 
-
-def _cross_validate(problem: PairLoss, groups: Sequence | None, folds: int) -> dict[float, float]:
-    """Strong penalties first, warm-started; ends when two in a row were worse than the best.
-
-    Weak penalties take most of the iterations, and lie far on the overfitting side by then.
+    Ends when two in a row were worse than the best: weak penalties take most of the iterations,
+    and lie far on the overfitting side by then.
     """
-    pairs, width = problem.shape
-    parts = list(split_folds(problem, groups, folds))
-    weights = [np.zeros(width) for _ in parts]
+    held = held_out(problem.shape[0], groups, folds)
+    shares = ~held / (~held).sum(0)
+    weight = np.zeros((problem.shape[1], held.shape[1]))
     losses: dict[float, float] = {}
     for l2 in sorted(L2_GRID, reverse=True):
-        total = 0.0
-        for i, (train, test) in enumerate(parts):
-            weights[i] = _solve(train, l2, weights[i], tolerance=1e-4).x
-            total += test(weights[i])[0] * test.shape[0]
-        losses[l2] = total / pairs
+        weight = minimise(problem, l2, weight, shares, tolerance=1e-4).weight
+        losses[l2] = float(problem.values(*problem.products(weight), held / len(held)).sum())
         if list(losses).index(min(losses, key=losses.__getitem__)) < len(losses) - 2:
             break
     return losses
+
+
+def held_out(pairs: int, groups: Sequence | None, folds: int) -> np.ndarray:
+    """(M, folds) whether a pair belongs to a fold, and is not trained on there."""
+    fold_of = assign_folds(groups if groups is not None else range(pairs), folds)
+    if not fold_of.any():
+        raise InputError("fit_head: cross-validation needs pairs of 2 prompts or more; give an l2")
+    return fold_of[:, None] == np.arange(fold_of.max() + 1)
 
 
 def split_folds(
     problem: PairLoss, groups: Sequence | None, folds: int
 ) -> Iterator[tuple[PairLoss, PairLoss]]:
     """(training part, held-out part) of every fold; a prompt's pairs stay together."""
-    fold_of = assign_folds(groups if groups is not None else range(problem.shape[0]), folds)
-    if not fold_of.any():
-        raise InputError("fit_head: cross-validation needs pairs of 2 prompts or more; give an l2")
-    for fold in np.unique(fold_of):
-        yield problem.rows(fold_of != fold), problem.rows(fold_of == fold)
+    for held in held_out(problem.shape[0], groups, folds).T:
+        yield problem.rows(~held), problem.rows(held)
 
 
 def assign_folds(groups: Sequence, folds: int, seed: int = 0) -> np.ndarray:
@@ -175,31 +180,25 @@ def pair_accuracy(margins: np.ndarray) -> float:
 
 def _scales(differences, pool: float = 0.0) -> np.ndarray:
     """(F,) scales s_j of the columns of D, see the top."""
-    rows = differences.shape[0]
-    if sp.issparse(differences):
-        square = np.asarray(differences.multiply(differences).sum(axis=0)).ravel() / rows
-    else:
-        square = np.square(differences, dtype=np.float64).mean(axis=0)
+    square = mean_squares(differences)
     scale = np.sqrt(square + pool * square[square > 0].mean())
     scale[scale == 0] = 1.0  # a column that never occurs keeps weight zero
     return scale
+
+
+def _principal_axes(problem: PairLoss) -> np.ndarray | None:
+    """(F, F') orthonormal eigenvectors of D^T D, F' of F columns occur; None: not worth it."""
+    matrix = problem.differences
+    if sp.issparse(matrix) or problem.centre or matrix.shape[1] > WIDEST_ROTATED:
+        return None
+    occurs = matrix.any(0)  # the others' rows stay exactly zero
+    axes = np.zeros((len(occurs), occurs.sum()))
+    used = matrix[:, occurs]
+    axes[occurs] = np.linalg.eigh(used.T @ used)[1]
+    return axes
 
 
 def _divided(matrix, scale: np.ndarray):
     if sp.issparse(matrix):
         return (matrix.astype(np.float64) @ sp.diags(1.0 / scale)).tocsr()
     return matrix.astype(np.float64) / scale
-
-
-def _solve(problem: PairLoss, l2: float, start: np.ndarray, tolerance: float = 1e-8):
-    def objective(weight: np.ndarray) -> tuple[float, np.ndarray]:
-        loss, gradient = problem(weight)
-        return loss + 0.5 * l2 * weight @ weight, gradient + l2 * weight
-
-    return minimize(
-        objective,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": 5000, "maxfun": 10000, "gtol": tolerance, "ftol": 0, "maxcor": 20},
-    )

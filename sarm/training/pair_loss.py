@@ -64,6 +64,34 @@ class PairLoss:
             gradient += 2 * self.centre * (self._transposed[1] @ totals)
         return float(loss), gradient / len(self.margins)
 
+    # ---- the same for columns of weights, and with other weights of the pairs -------------------
+
+    def products(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """D W and S W, both (M, C), of weights (F, C); the latter is 0 without centring."""
+        rewards = self.differences @ weight
+        return rewards, self.sums @ weight if self.centre else np.zeros((1, weight.shape[1]))
+
+    def pulled(self, of_differences: np.ndarray, of_sums: np.ndarray) -> np.ndarray:
+        """(F, C): D^T u + S^T v, the transpose of `products`."""
+        found = self._transposed[0] @ of_differences
+        return found + self._transposed[1] @ of_sums if self.centre else found
+
+    def values(self, rewards: np.ndarray, totals: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        """(C,) f, where D W = rewards and S W = totals; shares (M, C) in the place of 1 / M."""
+        loss = (shares * np.logaddexp(0, self.margins[:, None] - rewards)).sum(0)
+        return loss + self.centre * (shares * np.square(totals)).sum(0) if self.centre else loss
+
+    def slopes(self, rewards: np.ndarray, totals: np.ndarray, shares: np.ndarray) -> tuple:
+        """f's first and second derivatives by rewards and by totals, each a pair of (M, C)."""
+        lacking = expit(self.margins[:, None] - rewards)
+        centring = 2 * self.centre * shares if self.centre else np.zeros_like(totals)
+        first = -shares * lacking, centring * totals
+        return first, (shares * lacking * (1 - lacking), centring)
+
+    def mean_squares(self) -> np.ndarray:
+        """(F,) of the columns of D."""
+        return mean_squares(self.differences)
+
     def pair_gradients(self, weight: np.ndarray):
         """(M, F): the gradient of every pair's own loss; f's is their mean."""
         slope = -expit(self.margins - self.differences @ weight)
@@ -110,3 +138,11 @@ class PairLoss:
 def scaled_rows(matrix, factor: np.ndarray):
     """Every row times its factor."""
     return sp.diags(factor) @ matrix if sp.issparse(matrix) else matrix * factor[:, None]
+
+
+def mean_squares(matrix) -> np.ndarray:
+    """(F,) of the columns of a matrix (M, F), fp64."""
+    if sp.issparse(matrix):
+        wide = matrix.astype(np.float64)
+        return np.asarray(wide.multiply(wide).sum(axis=0)).ravel() / matrix.shape[0]
+    return np.square(matrix, dtype=np.float64).mean(axis=0)

@@ -7,7 +7,7 @@ import sarm
 from sarm.errors import InputError
 from sarm.packing import differentiable, lean, pad_right
 from sarm.packing.batch import PackedBatch
-from sarm.packing.differentiable import packed_attention, wanted_states
+from sarm.packing.differentiable import layers_kept, packed_attention, wanted_states
 
 WINDOWED = {"sliding_window": 6}
 DRAW = torch.Generator().manual_seed(0)
@@ -43,7 +43,10 @@ def test_without_starts_the_last_tokens_alone_are_wanted():
     ("kind", "changes"),
     [("llama", {}), ("mistral", WINDOWED), ("qwen3", {}), ("gemma2", WINDOWED)],
 )
-def test_states_and_gradients_are_those_of_padded_rows(kind, changes, checkpointing, backbone_dir):
+def test_states_and_gradients_are_those_of_padded_rows(
+    kind, changes, checkpointing, backbone_dir, monkeypatch
+):
+    monkeypatch.setattr(lean, "CHUNK", 4)
     backbone = sarm.load_backbone(backbone_dir(kind, **changes), 3, dtype=torch.float32).double()
     backbone.train()
     batch = PackedBatch.of(ROWS, STARTS)
@@ -95,20 +98,76 @@ def test_only_what_exceeds_the_kept_tokens_is_computed_again(backbone_dir, monke
     backbone = sarm.load_backbone(backbone_dir("llama"), 4, dtype=torch.float32).train()
     batch = PackedBatch.of([list(range(30))])
     backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    forward, runs = lean.lean_layer, []
-    monkeypatch.setattr(
-        lean, "lean_layer", lambda *args, **named: runs.append(0) or forward(*args, **named)
-    )
+    attend, runs = lean.LeanLayer.attend, []
+    monkeypatch.setattr(lean.LeanLayer, "attend", lambda *args: runs.append(0) or attend(*args))
     found = {}
-    for kept in (None, 9, 10, 20, 30):
-        runs.clear()
+    for kept in (None, 3, 12, 21, 30):
         backbone.zero_grad()
         with packed_attention(backbone):
             states = wanted_states(backbone, batch, kept)
-            found[kept] = len(runs)
+            runs.clear()
             states.sum().backward()
-        found[kept] = len(runs) - found[kept]
-    assert found == {None: 3, 9: 3, 10: 2, 20: 1, 30: 0}  # of the three layers before the last
+        found[kept] = len(runs)
+    assert found == {None: 4, 3: 4, 12: 2, 21: 1, 30: 0}  # the last only where all others are
+
+
+@pytest.mark.parametrize("kept", [1, 100, 1024, 5000])
+def test_the_kept_layers_fit_into_the_space_of_the_kept_tokens(kept):
+    """In units of a layer's input: 10 to keep a layer, 1 to compute it again."""
+    for tokens in (1, 99, 100, 1024, 1500, 4096, 8192, 40000):
+        layers = layers_kept(14, tokens, kept)
+        needed = tokens * (10 * layers + (14 - layers))
+        assert 0 <= layers <= 14
+        assert layers == 0 or needed <= 10 * 14 * kept
+        assert layers == 14 or needed + 9 * tokens > 10 * 14 * kept
+
+
+def test_a_layer_that_is_computed_again_keeps_its_input_alone(backbone_dir):
+    backbone = sarm.load_backbone(backbone_dir("llama"), 4, dtype=torch.float32).train()
+    batch = PackedBatch.of([ids(40)])
+    weights = {p.data_ptr() for p in backbone.parameters()}
+    sizes: dict[bool, int] = {}
+    for again in (False, True):
+        kept = {}
+
+        def seen(tensor, kept=kept):
+            if tensor.data_ptr() not in weights:
+                kept[tensor.data_ptr()] = tensor
+            return tensor
+
+        if again:
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        with (
+            packed_attention(backbone),
+            torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor),
+        ):
+            wanted_states(backbone, batch)
+        sizes[again] = sum(t.numel() for t in kept.values() if t.is_floating_point())
+    width = backbone.config.hidden_size
+    assert sizes[True] <= 40 * width * 4 + 4 * width + 40  # four inputs; the final norm's row
+    assert sizes[False] > 2 * sizes[True]
+
+
+def test_weights_that_do_not_learn_get_no_gradient_from_layers_computed_again(backbone_dir):
+    backbone = sarm.load_backbone(backbone_dir("llama"), 3, dtype=torch.float32).train()
+    batch = PackedBatch.of(ROWS, STARTS)
+    fixed = ["mlp.down_proj.weight", "self_attn.q_proj.weight", "input_layernorm.weight"]
+
+    def gradients():
+        backbone.zero_grad()
+        with packed_attention(backbone):
+            wanted_states(backbone, batch).sin().sum().backward()
+        return {name: p.grad for name, p in backbone.named_parameters() if p.requires_grad}
+
+    for name in fixed:
+        backbone.layers[1].get_parameter(name).requires_grad_(False)
+    plain = gradients()
+    backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    again = gradients()
+    assert len(plain) == len(list(backbone.parameters())) - len(fixed)
+    for name, gradient in plain.items():
+        size = gradient.abs().max()
+        torch.testing.assert_close(again[name] / size, gradient / size, rtol=0, atol=1e-5, msg=name)
 
 
 def test_afterwards_the_backbone_attends_as_before(tiny_backbone):

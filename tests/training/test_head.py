@@ -13,10 +13,10 @@ from sarm.training.head import (
     L2_GRID,
     SPARSE_POOL,
     assign_folds,
-    cross_validate,
     fit_head,
     pair_accuracy,
 )
+from sarm.training.newton import minimise
 
 
 def planted(rows=300, columns=40, density=0.3, seed=0, noise=1.0):
@@ -28,6 +28,10 @@ def planted(rows=300, columns=40, density=0.3, seed=0, noise=1.0):
     flip = (d @ truth + noise * draw.logistic(size=rows)) < 0
     d[flip] *= -1
     return d
+
+
+def cross_validated(d, groups=None):
+    return head_module.cross_validate(head_module.scaled_problem(d)[0], groups, 5)
 
 
 def objective(d, weight, l2):
@@ -72,8 +76,10 @@ def test_agrees_with_scikit_learn(l2):
 def test_two_starts_reach_one_optimum():
     scaled, _ = head_module.scaled_problem(planted())
     draw = np.random.default_rng(1)
-    ends = [head_module._solve(scaled, 1e-3, draw.normal(size=40) * s).x for s in (0, 5)]
-    assert np.abs(ends[0] - ends[1]).max() < 1e-5
+    starts = draw.normal(size=(40, 2)) * [0, 5]
+    found = minimise(scaled, 1e-3, starts)
+    assert found.gradient_norm <= 1e-8
+    assert np.abs(found.weight[:, 0] - found.weight[:, 1]).max() < 1e-5
 
 
 def test_sparse_and_dense_agree():
@@ -82,7 +88,7 @@ def test_sparse_and_dense_agree():
     assert np.abs(dense.weight - sparse.weight).max() < 1e-6 * np.abs(dense.weight).max()
     single = fit_head(sp.csr_matrix(d, dtype=np.float32), l2=1e-2)
     assert np.abs(dense.weight - single.weight).max() < 1e-4 * np.abs(dense.weight).max()
-    cv = cross_validate(sp.csr_matrix(d), None, 5), cross_validate(d, None, 5)
+    cv = cross_validated(sp.csr_matrix(d)), cross_validated(d)
     assert list(cv[0].values()) == pytest.approx(list(cv[1].values()), rel=1e-4)
 
 
@@ -143,7 +149,7 @@ def test_cross_validation_trains_on_other_groups_only(monkeypatch):
     """Copies of one pair share a prompt; split over folds they would leak and hide overfitting."""
     d = np.repeat(planted(rows=40, columns=200, density=1, noise=8), 5, axis=0)
     groups = [str(i // 5) for i in range(len(d))]
-    together, split = cross_validate(d, groups, 5), cross_validate(d, None, 5)
+    together, split = cross_validated(d, groups), cross_validated(d)
     weak = min(together)
     assert split[weak] < 0.5 * together[weak]
 
@@ -168,9 +174,10 @@ def test_cross_validated_loss_is_that_of_heads_fitted_without_the_fold():
     scaled, _ = head_module.scaled_problem(d)
     total = 0.0
     for fold in range(5):
-        weight = head_module._solve(scaled.rows(fold_of != fold), L2_GRID[7], np.zeros(8)).x
+        part = scaled.rows(fold_of != fold)
+        (weight,) = minimise(part, L2_GRID[7], np.zeros((8, 1))).weight.T
         total += np.log1p(np.exp(-(scaled.differences[fold_of == fold] @ weight))).sum()
-    assert cross_validate(d, None, 5)[L2_GRID[7]] == pytest.approx(total / 60, rel=1e-3)
+    assert cross_validated(d)[L2_GRID[7]] == pytest.approx(total / 60, rel=1e-3)
 
 
 def test_a_given_l2_is_not_cross_validated():
@@ -204,6 +211,9 @@ def test_ties_count_a_half():
         (sp.csr_matrix((3, 3)), {}, "equal features in every pair"),
         (np.ones((3, 3)), {"l2": 0}, "l2 must be positive, got 0"),
         (np.ones((3, 3)), {"l2": float("nan")}, "l2 must be positive, got nan"),
+        (np.ones((3, 3)), {"l2": float("inf")}, "l2 must be positive, got inf"),
+        (np.ones((3, 3)), {"centre": -1.0, "sums": np.ones((3, 3))}, "centre must be >= 0, got -1"),
+        (np.ones((3, 3)), {"centre": float("nan"), "sums": np.ones((3, 3))}, "centre must be >= 0"),
         (np.ones((3, 3)), {"groups": ["a"] * 3}, "pairs of 2 prompts or more"),
     ],
 )

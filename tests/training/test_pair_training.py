@@ -13,13 +13,15 @@ from sarm.backbone import load_backbone
 from sarm.data import Record, to_pair
 from sarm.errors import InputError
 from sarm.modeling import SarmForSequenceClassification
+from sarm.packing.differentiable import packed_attention
 from sarm.sae import TopKSAE
 from sarm.scorer import SARMScorer
 from sarm.tokens import ConversationEncoder
 from sarm.training import trainer as trainer_module
 from sarm.training.adapters import add_lora, merge_lora
-from sarm.training.collate import PairDataset, turn_start
+from sarm.training.collate import PairDataset, collate, turn_start
 from sarm.training.end_to_end import save_pairs, train_pairs
+from sarm.training.modes import PairModel
 from sarm.training.reference import published_loss
 from sarm.training.trainer import PairTrainConfig, PairTrainer
 
@@ -214,17 +216,19 @@ def test_a_folder_with_another_run_is_refused(trained, monkeypatch):
         trained(1, rows=ROWS[:20])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_loss_that_is_no_number_names_its_batch_and_keeps_the_checkpoint(
-    trained, monkeypatch, tmp_path
+    value, trained, monkeypatch, tmp_path
 ):
     found = trainer_module.PairModel.forward
 
     def broken(self, margins, batch):
         out = found(self, margins, batch)
-        return out | {"loss": out["loss"] * (torch.nan if margins.max() > 2.2 else 1)}
+        return out | {"loss": out["loss"] * (value if margins.max() > 2.2 else 1)}
 
     monkeypatch.setattr(trainer_module.PairModel, "forward", broken)
-    with pytest.raises(InputError, match=r"the loss is nan at step \d+ .*pairs\.jsonl:24.*is kept"):
+    says = rf"the loss is {value} at step \d+ .*pairs\.jsonl:24.*is kept"
+    with pytest.raises(InputError, match=says):
         trained(1, batch_size=4, eval_every=1, seed=1)
     (kept,) = {p.parent for p in (tmp_path / "run").rglob("whole.json")} & {
         max((tmp_path / "run" / ".progress").glob("checkpoint-*"))
@@ -245,6 +249,40 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(trained, monkeypa
     with pytest.raises(InputError, match=r"checkpoint-3: cannot be written .*No space.*-2 is kept"):
         trained(1, eval_every=1)
     assert not (tmp_path / "run" / ".progress" / "checkpoint-3").exists()
+
+
+def test_a_gradient_that_is_infinite_stops_before_the_step(trained, monkeypatch, tmp_path):
+    """A finite loss may have such a gradient; the step would make all weights NaN."""
+    clip = trainer_module.Trainer._clip_grad_norm
+
+    def broken(self, model):
+        if self.state.global_step == 2:
+            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = torch.inf
+        return clip(self, model)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_clip_grad_norm", broken)
+    with pytest.raises(InputError, match=r"gradient's norm is inf at step 2; .*-2 is kept"):
+        trained(1, batch_size=4, eval_every=1)
+    (kept,) = (tmp_path / "run" / ".progress" / "checkpoint-2").glob("*.safetensors")
+    assert all(t.isfinite().all() for t in load_file(kept).values())
+
+
+@pytest.mark.parametrize("k", [8, 128])
+def test_bf16_differs_by_the_latents_it_chooses(k, parts, dataset):
+    """Rounded states swap latents at the border of the k; where all are active, rounding is all."""
+    backbone, _, head = parts()
+    torch.manual_seed(0)
+    model = PairModel(
+        SarmForSequenceClassification.from_parts(backbone, TopKSAE(32, 128, k), head), 1
+    )
+    inputs = collate(dataset().pairs)
+    found = {}
+    with packed_attention(backbone), torch.no_grad():
+        for bf16 in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                found[bf16] = model(inputs["margins"], inputs["batch"])["rewards"]
+    off = (found[True] - found[False]).norm() / found[False].norm()
+    assert 1e-5 < off < (2e-2 if k == 128 else 0.3)
 
 
 # ---- LoRA ----------------------------------------------------------------------------------
