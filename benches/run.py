@@ -92,6 +92,9 @@ def parser() -> Parser:
     made.add_argument(
         "--shortest", action="store_true", help="suite train-rm: the shortest pairs, not a sample"
     )
+    made.add_argument(
+        "--micro-batch", type=int, default=1, help="suite train-rm: pairs that sarm packs together"
+    )
     made.add_argument("--max-length", type=int, default=4096, help="suite train-rm: tokens")
     made.add_argument("--documents", type=int, default=16, help="suite train-sae: how many")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
@@ -137,7 +140,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         raise BenchError(f"--plot draws one suite, got {arguments.suite}")
     if arguments.markdown is not None and not arguments.markdown.is_file():
         raise BenchError(f"--markdown {arguments.markdown}: no such file")
-    for name in ("prompts", "pairs", "max_length", "documents"):
+    for name in ("prompts", "pairs", "max_length", "documents", "micro_batch"):
         if getattr(arguments, name) < 1:
             option = name.replace("_", "-")
             raise BenchError(f"--{option} must be >= 1, got {getattr(arguments, name)}")
@@ -179,6 +182,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         minutes=arguments.minutes,
         pairs=arguments.pairs,
         shortest=arguments.shortest,
+        micro_batch=arguments.micro_batch,
         max_length=arguments.max_length,
         documents=arguments.documents,
         log=lambda line: print(line, file=sys.stderr, flush=True),

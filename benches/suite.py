@@ -70,6 +70,7 @@ class Options:
     minutes: float = 0.0
     pairs: int = 16  # of suite train-rm
     shortest: bool = False  # the same
+    micro_batch: int = 1  # the same
     max_length: int = 4096
     documents: int = 16  # of suite train-sae
     log: Callable[[str], None] = lambda line: None

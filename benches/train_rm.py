@@ -1,12 +1,13 @@
 """Suite `train-rm`: reward-model training end to end, against the published way of writing it.
 
 Published (`sarm.training.reference`): a pair at a time, chosen and rejected padded to the longer,
-every token through the whole backbone and a dense SAE, gradient checkpointing, 4,096 tokens at most
-- the settings of the released training code. `published, no checkpointing`: the same without it.
-sarm: the same pair packed with its prompt once, the last layer and the SAE for the needed tokens
-only, sparse latents, layers' backward pass written out, checkpointing where a pair has more than
-KEPT_TOKENS. All: fp32 (and published in bf16, where --dtype has it), modes 1 and 3, steps of 8
-pairs, AdamW, gradient clipping, the same first weights. How many pairs: `--pairs`.
+every token through the whole backbone and a dense SAE, gradient checkpointing, 4,096 tokens at
+most (the settings of the released training code). `published, no checkpointing`: the same without
+it. sarm: the same pair (or `--micro-batch` of them) packed, prompts once, the last layer and the
+SAE for the needed tokens only, sparse latents, layers' backward pass written out, checkpointing
+where a pair has more than KEPT_TOKENS. All: fp32 (and published in bf16, where --dtype has it),
+modes 1 and 3, steps of 8 pairs, AdamW, gradient clipping, the same first weights. How many pairs:
+`--pairs`.
 
 SmolLM2-135M-Instruct cut at 15 layers, n_latents 9,216, k 27, random SAE and head (they do not
 change the time). Data: preferences_train.jsonl.gz (--data or $SARM_DATA), a random sample or the
@@ -130,7 +131,9 @@ def compare(
     losses: dict[tuple[str, str], list[float]] = {}
     for turn in range(options.runs):
         with contextlib.ExitStack() as stack:
-            steps = {w: stack.enter_context(training(*w, model, mode)) for w in ways}
+            steps = {
+                w: stack.enter_context(training(*w, model, mode, options.micro_batch)) for w in ways
+            }
             for way in ways if turn == 0 else ():  # fills the libraries' buffers
                 with training(*way, model, mode) as step:
                     step(shortest[:1])
@@ -166,27 +169,31 @@ def _append(losses: list[float], step: Callable[[Batch], float], batch: Batch) -
 
 @contextlib.contextmanager
 def training(
-    way: str, dtype: str, model: SarmForSequenceClassification, mode: int
+    way: str, dtype: str, model: SarmForSequenceClassification, mode: int, micro_batch: int = 1
 ) -> Iterator[Callable[[Batch], float]]:
-    """Trains a copy of the model; yields a step, which returns its loss."""
+    """Trains a copy of the model; yields a step, which returns its loss.
+
+    micro_batch: pairs that sarm packs into one pass.
+    """
     model = copy.deepcopy(model).to(DTYPES[dtype]).train()
     pairs = PairModel(model, mode, kept_tokens=KEPT_TOKENS if way == SARM else None)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=LR, fused=True)  # the Trainer's
 
-    def sparse(pair: EncodedPair) -> Tensor:
-        inputs = collate([pair])
+    def sparse(some: Batch) -> Tensor:
+        inputs = collate(some)
         return pairs(inputs["margins"].to(model.device), inputs["batch"])["loss"]
 
-    def dense(pair: EncodedPair) -> Tensor:
-        return published_loss(model, [pair], mode)[0]
+    def dense(some: Batch) -> Tensor:
+        return published_loss(model, some, mode)[0]
 
-    loss_of = sparse if way == SARM else dense
+    loss_of, at_once = (sparse, micro_batch) if way == SARM else (dense, 1)
 
     def step(batch: Batch) -> float:
         total = 0.0
-        for pair in batch:
-            loss = loss_of(pair) / len(batch)
+        for i in range(0, len(batch), at_once):
+            some = batch[i : i + at_once]
+            loss = loss_of(some) * len(some) / len(batch)
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)

@@ -4,7 +4,7 @@
 
 Wanted is the end of every sequence from some token on: the last turn, or the last token alone. In
 the prefix tree these are the ends of pieces, so a wanted token that several sequences share is
-there once, with their number as its weight.
+there once, with the sum of their weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PackedBatch:
     """One pass over B sequences; index tensors are int64.
 
     ids, positions: (T,).  spans: attention of all T tokens.  wanted: (n,) rows among the T;
-    wanted_spans: their attention.  weights: (n,) fp32, sequences that want the token.
+    wanted_spans: their attention.  weights: (n,) fp32, summed over sequences that want the token.
     scored: (B,) where each sequence's last token stands among the n wanted ones.
     """
 
@@ -41,30 +41,38 @@ class PackedBatch:
     scored: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Any], starts: Sequence[int] | None = None) -> PackedBatch:
+    def of(
+        cls,
+        rows: Sequence[Any],
+        starts: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> PackedBatch:
         """Pack token sequences, none empty.
 
         Args:
             rows: sequences or arrays of integers.
             starts: first wanted token of every sequence; None: the last token alone.
+            weights: of each sequence's wanted tokens; None: 1.
         """
         starts = [len(row) - 1 for row in rows] if starts is None else starts
         tokens = sum(len(row) for row in rows)
         (batch,) = plan_passes(prefix_tree(rows), tokens)
         layout = Layout(batch, {})
-        wanting = _starts_by_piece(batch.pieces, starts)
-        wanted, weights, runs = [], [], []
+        wanting = _rows_by_piece(batch.pieces)
+        first_wanted = np.asarray(starts)
+        weight_of = np.ones(len(rows)) if weights is None else np.asarray(weights)
+        wanted, summed, runs = [], [], []
         scored = [0] * len(rows)
         count = 0
         for piece in batch.pieces:
-            own = np.asarray(wanting[piece])
+            own = first_wanted[wanting[piece]]
             first, end = piece.start, piece.start + len(piece.tokens)
             begin = max(first, int(own.min()))
             if begin >= end:
                 continue
             row = layout.own(piece)[0] + begin - first
             wanted.append(torch.arange(row, row + end - begin))
-            weights.append((own[:, None] <= np.arange(begin, end)).sum(0))
+            summed.append(weight_of[wanting[piece]] @ (own[:, None] <= np.arange(begin, end)))
             runs.append((count, end - begin, begin, layout.ranges(piece)))
             count += end - begin
             for i in piece.rows:
@@ -75,7 +83,7 @@ class PackedBatch:
             spans=layout.spans,
             wanted=torch.cat(wanted),
             wanted_spans=Spans.of(runs),
-            weights=torch.from_numpy(np.concatenate(weights)).float(),
+            weights=torch.from_numpy(np.concatenate(summed)).float(),
             scored=torch.tensor(scored),
         )
 
@@ -86,13 +94,12 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def _starts_by_piece(pieces: Sequence[Piece], starts: Sequence[int]) -> dict[Piece, list[int]]:
-    """For every piece, the first wanted tokens of all sequences that run through it."""
+def _rows_by_piece(pieces: Sequence[Piece]) -> dict[Piece, list[int]]:
+    """For every piece, the sequences that run through it."""
     found: dict[Piece, list[int]] = {piece: [] for piece in pieces}
     for piece in pieces:
-        own = [starts[i] for i in piece.rows]
         above: Piece | None = piece
-        while above is not None and own:
-            found[above] += own
+        while above is not None and piece.rows:
+            found[above] += piece.rows
             above = above.parent
     return found

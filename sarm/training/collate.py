@@ -98,12 +98,21 @@ def turn_start(encoder: ConversationEncoder, conversation: Sequence[Message]) ->
     return same.index(False) if False in same else len(same)
 
 
+def wanted_tokens(pair: EncodedPair) -> int:
+    """Tokens of both last turns."""
+    return sum(len(ids) - start for ids, start in zip(pair.ids, pair.turns, strict=True))
+
+
 def collate(pairs: Sequence[EncodedPair]) -> dict[str, Any]:
-    """Margins (B,), the packed sequences, and where the pairs come from."""
+    """Margins (B,), the packed sequences, and where the pairs come from.
+
+    A pair's wanted tokens weigh 1 together, whatever it is packed with.
+    """
     rows = [row for pair in pairs for row in pair.ids]
     starts = [start for pair in pairs for start in pair.turns]
+    weights = [1 / wanted_tokens(pair) for pair in pairs for _ in SIDES]
     return {
         "margins": torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
-        "batch": PackedBatch.of(rows, starts),
+        "batch": PackedBatch.of(rows, starts, weights),
         "where": [pair.where for pair in pairs],
     }

@@ -8,8 +8,9 @@
 
     R = mean over tokens of |decode(encode(h)) - x|^2 / |x|^2,   x the normalised state h
 
-over the tokens of the last assistant turn, or the last token alone ("sequence level"). The SAE's
-decoder learns from R only. Source: arXiv 2508.08746.
+over the tokens of a pair's last assistant turns, or the last token alone ("sequence level"), then
+over pairs: published is a pair at a time, and so the loss does not depend on micro-batches. The
+SAE's decoder learns from R only. Source: arXiv 2508.08746.
 """
 
 from __future__ import annotations

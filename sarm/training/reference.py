@@ -51,7 +51,9 @@ def published_loss(
         decoded = z @ sae.decoder.weight.t() + sae.pre_bias
         error = (decoded - x).square().sum(-1) / x.square().sum(-1)
         starts = torch.tensor([start for pair in pairs for start in pair.turns], device=device)
-        loss = loss + weight * error[(position >= starts[:, None]) & mask].mean()
+        turns = ((position >= starts[:, None]) & mask).view(len(pairs), -1)
+        of_pairs = (error.view(len(pairs), -1) * turns).sum(1) / turns.sum(1)
+        loss = loss + weight * of_pairs.mean()
     return loss, rewards
 
 

@@ -19,7 +19,7 @@ from sarm.scorer import SARMScorer
 from sarm.tokens import ConversationEncoder
 from sarm.training import trainer as trainer_module
 from sarm.training.adapters import add_lora, merge_lora
-from sarm.training.collate import PairDataset, collate, turn_start
+from sarm.training.collate import PairDataset, collate, turn_start, wanted_tokens
 from sarm.training.end_to_end import save_pairs, train_pairs
 from sarm.training.modes import PairModel
 from sarm.training.reference import published_loss
@@ -100,6 +100,21 @@ def published_run(model, batches, mode, config):
         schedule.step()
         found.append(loss.item())
     return found
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3])
+def test_the_loss_of_several_pairs_is_the_mean_of_theirs(mode, parts, dataset):
+    """Pairs of unequal length weigh the same, so micro-batches do not change a step."""
+    backbone, sae, head = parts()
+    model = PairModel(SarmForSequenceClassification.from_parts(backbone, sae, head[:1]), mode)
+    pairs = dataset().pairs[:5]
+    assert len({wanted_tokens(pair) for pair in pairs}) > 1
+    with packed_attention(backbone):
+        batches = [collate(pairs), *(collate([pair]) for pair in pairs)]
+        together, *alone = (
+            model(margins=b["margins"], batch=b["batch"])["loss"].item() for b in batches
+        )
+    assert together == pytest.approx(sum(alone) / 5, rel=1e-6)
 
 
 @pytest.mark.parametrize("turns", [True, False], ids=["turn", "last"])
