@@ -2,7 +2,8 @@
 
 glibc serves blocks of up to 32 MiB from its heap once one of them was freed, and there a hole is
 too small for the next aligned block of the same size (up to version 2.37). A step on 8,191 tokens
-of SmolLM2-135M, whose states are 18 MiB each, peaked at 1,036 MiB that way and at about 800 MiB without.
+of SmolLM2-135M, whose states are 18 MiB each, peaked at 1,036 MiB that way and at about 800 MiB
+without.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class StateStream:
         with contextlib.closing(found):
             for chunk in found:
                 yield chunk
-                shutil.rmtree(self._place(documents_done), ignore_errors=True)
+                self._remove(self._place(documents_done))
                 documents_done = chunk.documents
         self._keep_only(None)
 
@@ -183,9 +183,13 @@ class StateStream:
         """Forget pieces of chunks before the one after `start` documents (None: all pieces)."""
         for place in self.folder.glob("*"):
             if start is None or not place.name.isdecimal() or int(place.name) < start:
-                shutil.rmtree(place, ignore_errors=True)
+                self._remove(place)
         if start is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove(self.folder)
+
+    def _remove(self, place: Path) -> None:
+        """Delete a folder of pieces."""
+        shutil.rmtree(place, ignore_errors=True)
 
     def _piece(
         self, documents: Iterator[list[Window]], size: int

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sarm.errors import InputError
 from sarm.training.distributed import World
-from sarm.training.distributed.extraction import equal_parts
+from sarm.training.distributed.extraction import SharedStateStream, equal_parts
 from sarm.training.distributed.files import load_shards, save_sharded
 from sarm.training.distributed.pairs import FilledPairs, PairOrder, collate_filled, counted
 from sarm.training.distributed.world import launched, naming_lost_ranks, share, timeout_s
@@ -21,6 +21,27 @@ def test_parts_are_whole_in_order_and_nearly_equal(costs, ranks):
     assert [c for part in parts for c in costs[part]] == costs
     heaviest = max((sum(costs[part]) for part in parts), default=0)
     assert heaviest <= sum(costs) / ranks + 2 * max(costs, default=0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_rank_0_deletes_pieces(rank, tmp_path):
+    """Two that list and delete one folder get in each other's way."""
+
+    class Rank(World):
+        @property
+        def main(self):
+            return rank == 0
+
+    stream = SharedStateStream(None, None, tmp_path / "states", 1, world=Rank())
+    for place in ("000000000", "000000007"):
+        (tmp_path / "states" / place).mkdir(parents=True)
+    stream._keep_only(7)
+    assert (tmp_path / "states" / "000000007").exists()
+    assert (tmp_path / "states" / "000000000").exists() is (rank != 0)
+    stream._remove(tmp_path / "states" / "000000007")
+    assert (tmp_path / "states" / "000000007").exists() is (rank != 0)
+    stream._keep_only(None)
+    assert (tmp_path / "states").exists() is (rank != 0)
 
 
 @given(st.integers(0, 100), st.integers(1, 9))

@@ -51,6 +51,14 @@ class SharedStateStream(StateStream):
         write = super()._write_piece
         self.world.from_main(lambda: write(path, states, kinds, documents, tokens))
 
+    def _keep_only(self, start: int | None) -> None:
+        if self.world.main:
+            super()._keep_only(start)
+
+    def _remove(self, place: Path) -> None:
+        if self.world.main:
+            super()._remove(place)
+
     def _finished_pieces(self, start: int) -> tuple[list[Path], int, int, int]:
         find = super()._finished_pieces
         return self.world.from_main(lambda: find(start))
