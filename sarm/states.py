@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sarm.errors import InputError
 from sarm.packing import iter_last_states
+from sarm.wal import write_ahead
 
 
 class StateCache:
@@ -47,7 +48,7 @@ class StateCache:
 
     def _prepare(self) -> None:
         with self._readable():
-            self._db.execute("PRAGMA journal_mode=WAL")
+            write_ahead(self._db)
             self._db.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT)")
             self._db.execute("CREATE TABLE IF NOT EXISTS states (key BLOB PRIMARY KEY, state BLOB)")
             self._check_owner(fingerprint(self.backbone))

@@ -19,6 +19,7 @@ from sarm.errors import InputError
 from sarm.features.contexts import unpacked
 from sarm.features.identity import identity
 from sarm.features.schema import FULL_TEXT, INDICES, SCHEMA, VERSION
+from sarm.wal import write_ahead
 
 #: Seconds that a writer waits for another one.
 BUSY_SECONDS = 60.0
@@ -146,15 +147,17 @@ class FeatureStore:
         self._db.create_function(
             "joined", 1, lambda tokens: "".join(json.loads(tokens)), deterministic=True
         )
+        self._db.execute("BEGIN")  # one look at both: another process may be making the file
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
+        self._db.execute("COMMIT")
         if version > VERSION or (tables and not version):
             found = f"version {version}" if version else "the tables of something else"
             raise InputError(
                 f"{self.path}: not a feature database of version {VERSION} (has {found})"
             )
         if self.mode == "rw" and not version:
-            self._db.execute("PRAGMA journal_mode=WAL")
+            write_ahead(self._db, BUSY_SECONDS)
             with self.transaction():  # another process may be making the same file
                 for statement in filter(str.strip, SCHEMA.split(";")):
                     self._db.execute(statement)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sqlite3
+import threading
 
 import numpy as np
 import pytest
@@ -99,6 +100,35 @@ def test_two_processes_write_at_once(tmp_path):
             (feature, method) for feature in range(60) for method in "ab"
         ]
         assert len(store.search("a 7")) == 1
+
+
+def test_another_process_makes_the_file_meanwhile(tmp_path, monkeypatch):
+    """Between a look at the version and one at the tables."""
+    path, others = tmp_path / "f.db", []
+
+    class Interrupted(sqlite3.Connection):
+        def execute(self, query, *values):
+            found = super().execute(query, *values)
+            if query == "PRAGMA user_version" and not others:
+                found = iter(found.fetchall())
+                others.append(threading.Thread(target=lambda: FeatureStore(path, "rw").close()))
+                others[0].start()
+                others[0].join(timeout=0.5)  # it may have to wait for us
+                return Rows(found)
+            return found
+
+    class Rows:
+        def __init__(self, rows):
+            self.fetchone = lambda: next(rows)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(
+        sqlite3, "connect", lambda *a, **options: connect(*a, factory=Interrupted, **options)
+    )
+    FeatureStore(path, "rw").close()
+    others[0].join()
+    with FeatureStore(path) as store:
+        assert store.labels() == []
 
 
 def test_files_that_are_no_feature_database(tmp_path, database):
