@@ -56,8 +56,8 @@ def speedup(ratio: Ratio) -> str:
 
 
 def reference(name: str, ratio: Ratio) -> tuple[str, str]:
-    """(column, cell): how many times faster than a pipeline, how many times the time of a floor."""
-    if name.startswith("published"):
+    """(column, cell): times faster than a pipeline, or times a floor's time."""
+    if name.startswith(("published", "1 process")):
         return f"times {name}", speedup(ratio)
     if name == "offline":
         return "% of offline", f"{100 / ratio.value:.0f}"

@@ -23,50 +23,54 @@ from measure import quantile, ratio
 from suite import BenchError, Options, Row
 from workload import LAYERS, N_LATENTS, K
 
-CASES = {"data": 1, "latents": 0}  # shards; 0: as many as processes
+CASE = "train-sae, processes"
+WAYS = {"data": 1, "latents": 0}  # shards; 0: as many as processes
 STATES, BATCH = 1024, 512
 WORLDS = (1, 2, 4, 8)
+ALONE = "1 process"
 
 
 def run(options: Options) -> list[Row]:
-    """A row for each way and number of processes; ratios are to one process."""
+    """A row for each number of processes and way; ratios are to one process."""
     most = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count() or 1
-    worlds = [world for world in WORLDS if world <= most]
-    points = [
-        (case, world)
-        for case in CASES
-        for world in worlds
-        if options.wants(f"train-sae, {case}", str(world)) and (world > 1 or case == "data")
-    ]
-    if not any(world > 1 for _, world in points):
+    points = {ALONE: (1, 1)}  # name -> (processes, shards)
+    for world in WORLDS[1:]:
+        if world <= most:
+            for way, shards in WAYS.items():
+                points[f"{world} processes, {way}"] = world, shards or world
+    points = {name: point for name, point in points.items() if options.wants(CASE, name)}
+    if not any(world > 1 for world, _ in points.values()):
         raise BenchError(f"train-scaling needs two processes; --only or {most} cores leave none")
-    times: dict[tuple[str, int], list[float]] = {point: [] for point in points}
+    times: dict[str, list[float]] = {name: [] for name in points}
     tokens = 0
     for _ in range(options.runs):
-        for case, world in points:
-            options.log(f"train-sae, {case}, {world} processes")
-            seconds, tokens = launch(world, CASES[case] or world, options.device)
-            times[case, world].append(1e3 * seconds)
-    title = f"{STATES} states, {tokens} tokens, batches of {BATCH}"
-    return [row_of(case, world, title, times, tokens) for case, world in points]
+        for name, (world, shards) in points.items():
+            options.log(f"{CASE}  {name}")
+            seconds, tokens = launch(world, shards, options.device)
+            times[name].append(1e3 * seconds)
+    shape = f"{STATES} states, {tokens} tokens, batches of {BATCH}"
+    return [row_of(name, shape, times, tokens) for name in points]
 
 
-def row_of(case: str, world: int, title: str, times: dict, tokens: int) -> Row:
+def row_of(name: str, shape: str, times: dict[str, list[float]], tokens: int) -> Row:
     """Median, spread and ratio to one process."""
-    mine = times[case, world]
-    median = quantile(mine, 0.5)
-    alone = times.get(("data", 1))
-    return Row(
-        case=f"train-sae, {case}",
-        shape=title,
-        dtype="fp32",
-        name=str(world),
+    median, alone = quantile(times[name], 0.5), times.get(ALONE)
+    speed = 1e3 * tokens / median
+    row = Row(
+        CASE,
+        shape,
+        "fp32",
+        name,
         ms=median,
-        p20_ms=quantile(mine, 0.2),
-        p80_ms=quantile(mine, 0.8),
-        ratios={"1": ratio(mine, alone)} if alone and world > 1 else {},
-        note=f"{1e3 * tokens / median:,.0f} tokens/s",
+        p20_ms=quantile(times[name], 0.2),
+        p80_ms=quantile(times[name], 0.8),
+        accuracy={"tokens_per_s": speed},
+        note=f"{speed:,.0f} tokens/s",
     )
+    if alone and name != ALONE:
+        row.ratios[ALONE] = ratio(times[name], alone)
+        row.note += f", {1 / row.ratios[ALONE].value:.2f}x {ALONE}"
+    return row
 
 
 def launch(world: int, shards: int, device: str) -> tuple[float, int]:
@@ -112,14 +116,13 @@ def worker(shards: int, folder: str, file: str) -> None:
 def plot(rows: list[Row], path: Path) -> None:
     """Tokens a second over processes, with the line of perfect scaling."""
     figure, (axis,) = charts.grid(1, 4.5)
-    speed = {(row.case, int(row.name)): float(row.note.split()[0].replace(",", "")) for row in rows}
-    alone = next((value for (_, world), value in speed.items() if world == 1), None)
-    for case in dict.fromkeys(row.case for row in rows):
-        points = [(world, value) for (name, world), value in speed.items() if name == case]
-        if alone is not None and points[0][0] > 1:
-            points.insert(0, (1, alone))
-        axis.plot(*zip(*points, strict=True), marker="o", label=case)
-    worlds = sorted({world for _, world in speed})
+    speed = {row.name: row.accuracy["tokens_per_s"] for row in rows}
+    alone = speed.pop(ALONE, None)
+    worlds = sorted({1} | {int(name.split()[0]) for name in speed})
+    for way in WAYS:
+        points = [(1, alone)] if alone is not None else []
+        points += [(int(name.split()[0]), y) for name, y in speed.items() if name.endswith(way)]
+        axis.plot(*zip(*points, strict=True), marker="o", label=f"{way} parallel")
     if alone is not None:
         axis.plot(worlds, [alone * w for w in worlds], color="grey", linestyle=":", label="perfect")
     axis.set_xticks(worlds)

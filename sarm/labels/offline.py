@@ -35,16 +35,21 @@ TERMS = 3
 STRONG = 0.3
 
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]+")
+#: Tokens of chat templates: every response ends with one, and they say nothing to a reader.
+MARKUP = re.compile(r"<\|[^|<>\s]+\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>")
 CELLS = 1 << 24
 
 
 def terms(text: str) -> set[str]:
-    """Words, runs of punctuation and pairs of neighbours, in lower case.
+    """Words, runs of punctuation and pairs of neighbours, in lower case, between template tokens.
 
     Nothing is stemmed and no word is stopped: features of style live on "i" and "**".
     """
-    words = [w.lower() for w in WORD.findall(text)]
-    return {*words, *(f"{a} {b}" for a, b in pairwise(words))}
+    found: set[str] = set()
+    for part in MARKUP.split(text):
+        words = [w.lower() for w in WORD.findall(part)]
+        found.update(words, (f"{a} {b}" for a, b in pairwise(words)))
+    return found
 
 
 class Background:

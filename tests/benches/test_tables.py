@@ -82,4 +82,8 @@ def test_the_documentation_has_a_place_for_every_case():
     text = (pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
     places = {case for case, _ in tables.PLACE.findall(text)}
     cases = {"score", "best-of-n", "single", "agreement", "llama8b", "64 clients", "overload x10"}
-    assert places == cases | {"train-sae, sentence", "train-sae, token"}
+    assert places == cases | {
+        "train-sae, sentence",
+        "train-sae, token",
+        "train-sae, processes",
+    }

@@ -3,6 +3,7 @@
 import pytest
 import train_scaling
 from suite import BenchError, Options
+from tables import cells
 
 
 @pytest.fixture
@@ -16,18 +17,19 @@ def rows(monkeypatch):
 
 
 def test_rows_compare_with_one_process(rows):
-    found = {(row.case, row.name): row for row in rows}
-    assert list(found) == [
-        ("train-sae, data", "1"), ("train-sae, data", "2"), ("train-sae, latents", "2"),
-    ]  # fmt: skip
-    assert found["train-sae, data", "1"].ratios == {}
-    assert found["train-sae, latents", "2"].ratios["1"].value == pytest.approx(0.5)
-    assert found["train-sae, data", "2"].note == "800 tokens/s"
+    found = {row.name: row for row in rows}
+    assert list(found) == ["1 process", "2 processes, data", "2 processes, latents"]
+    assert found["1 process"].ratios == {}
+    assert found["2 processes, latents"].ratios["1 process"].value == pytest.approx(0.5)
+    assert found["2 processes, data"].accuracy["tokens_per_s"] == pytest.approx(800)
+    assert found["2 processes, data"].note == "800 tokens/s, 1.60x 1 process"
+    assert cells(found["2 processes, latents"])["times 1 process"] == "2.00 (2.00-2.00)"
 
 
 def test_the_plot_is_drawn(rows, tmp_path):
     train_scaling.plot(rows, tmp_path / "scaling.svg")
     assert "perfect" in (tmp_path / "scaling.svg").read_text("utf-8")
+    train_scaling.plot(rows[1:2], tmp_path / "one.svg")  # as --only leaves them
 
 
 def test_one_core_is_refused(monkeypatch):

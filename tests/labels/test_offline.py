@@ -15,6 +15,25 @@ def test_terms():
     assert terms("I'm sorry ** I") == {"i'm", "sorry", "**", "i", "i'm sorry", "sorry **", "** i"}
 
 
+def test_tokens_of_a_template_name_nothing():
+    """And nothing is a pair across them."""
+    text = "No.<|im_end|>\n<|im_start|>user <start_of_turn> a</s> < b |> c <|eot_id|>"
+    assert terms(text) == {
+        "no",
+        ".",
+        "no .",
+        "user",
+        "a",
+        "<",
+        "b",
+        "|>",
+        "c",
+        "< b",
+        "b |>",
+        "|> c",
+    }
+
+
 def test_scores_are_c_tf_idf(store):
     """Against a table of counts by scikit-learn."""
     from sklearn.feature_extraction.text import CountVectorizer
