@@ -4,20 +4,22 @@ Of every conversation the state of its scored token, normalised as the SAE sees 
 error, and the mean of Spearman's rank correlations of PROBES random linear scores of it, which
 speaks of the backbone alone. Its reward: Spearman's correlation with fp32's; TopK and head add to
 that what they make of a state that is a little different. The benchmark's own accuracy (RM-Bench:
-mean of easy, normal and hard; preferences: pairs) and its difference from fp32's in points. bf16
-means backbone and SAE; on a CPU without bf16 instructions a backbone of fp32 sums, rounded after
-every step (rounded.py); in 8 bits the SAE keeps its dtype.
+mean of easy, normal and hard; preferences: pairs) and its difference from fp32's in points, with
+the 95 % interval of a bootstrap over prompts. bf16 means backbone and SAE; on a CPU without bf16
+instructions a backbone of fp32 sums, rounded after every step (rounded.py); in 8 bits the SAE keeps
+its dtype.
 
 And how much a state depends on its batch: the largest relative difference of ALONE states, alone
 and in the packing.
 
 Model: --model, else SmolLM2-135M-Instruct cut at 15 layers with a random SAE and head, whose TopK
 hangs on smaller differences than a trained one's. Data: RM-Bench chat and preferences_valid (--data
-or $SARM_DATA), --items of each, else the demo's pairs.
+or $SARM_DATA), --items of each, else the demo's pairs; --max-length tokens of a conversation.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +32,13 @@ from torch import Tensor
 from workload import benchmarks, in_bf16, in_int8, make_scorer
 
 from sarm import SARMScorer
-from sarm.evaluation.metrics import Benchmark, accuracies
+from sarm.evaluation.metrics import Benchmark, Score, evaluate
 from sarm.packing import last_states
 from sarm.sae import normalize_tokens
 
 CASE = "agreement"
 PROBES = 64
+POINTS = {"value": "points", "low": "points_low", "high": "points_high"}
 ALONE = 16  # rows that also run alone
 EXACT, HALF, INT8 = "sarm fp32", "sarm bf16", "sarm int8"
 
@@ -44,7 +47,7 @@ def run(options: Options) -> list[Row]:
     """A row for each data set and precision."""
     if not any(options.wants(CASE, name) for name in (EXACT, HALF, INT8)):
         raise BenchError(f"--only {options.only!r} selects nothing; the one case is {CASE}")
-    scorer = make_scorer(options.device, torch.float32, options.model)
+    scorer = make_scorer(options.device, torch.float32, options.model, options.max_length)
     scorers: dict[str, SARMScorer | Missing] = {EXACT: scorer}
     for name, make in (
         (HALF, lambda: in_bf16(scorer)),
@@ -81,25 +84,32 @@ def compare(
         with torch.inference_mode():
             logits = scorer.model.from_states(raw.to(scorer.model.device)).logits
         rewards[name] = logits[:, 0].float().cpu()
-        main = benchmark.measures[0].name
-        accuracy = float(accuracies(benchmark, rewards[name][:, None].numpy())[main][0])
+        score = verdict(benchmark, rewards[EXACT], rewards[name])
+        accuracy = score.estimate.value
         row = Row(CASE, shape, "", name, accuracy={"accuracy_percent": 100 * accuracy})
         row.accuracy["packing_error"] = packing_error(scorer.model.model, ids[:ALONE], raw[:ALONE])
         rows.append(row)
         if name == EXACT:
             row.note = f"accuracy {100 * accuracy:.1f} %, {packing_note(row.accuracy)}"
             continue
-        points = row.accuracy["accuracy_percent"] - rows[0].accuracy["accuracy_percent"]
         row.accuracy["state_error"] = relative_error(states[name], states[EXACT])
         linear = (states[n] @ probes for n in (name, EXACT))
         row.accuracy["spearman_probes"] = spearman(*linear)
         row.accuracy["spearman"] = spearman(rewards[name], rewards[EXACT])
-        row.accuracy["points"] = points
+        assert score.difference is not None
+        points = dataclasses.asdict(score.difference)
+        row.accuracy |= {POINTS[name]: 100 * value for name, value in points.items()}
         if HALF in states and name != HALF:
             of_half = row.accuracy["state_error"] / relative_error(states[HALF], states[EXACT])
             row.accuracy["error_over_bf16"] = of_half
         row.note = note(row.accuracy)
     return rows
+
+
+def verdict(benchmark: Benchmark, exact: Tensor, ours: Tensor) -> Score:
+    """The benchmark's main measure of our rewards, and its difference from that of the exact."""
+    result = evaluate(benchmark, {EXACT: exact.tolist(), "ours": ours.tolist()})[0]
+    return result.scores["ours"]
 
 
 def note(found: dict[str, float]) -> str:
@@ -109,7 +119,8 @@ def note(found: dict[str, float]) -> str:
     return (
         f"{text}, Spearman of probes {found['spearman_probes']:.4f}, "
         f"of rewards {found['spearman']:.4f}, "
-        f"accuracy {found['accuracy_percent']:.1f} % ({found['points']:+.2f} points), "
+        f"accuracy {found['accuracy_percent']:.1f} % ({found['points']:+.2f} points "
+        f"[{found['points_low']:+.1f}, {found['points_high']:+.1f}]), "
         f"{packing_note(found)}"
     )
 

@@ -95,7 +95,9 @@ def parser() -> Parser:
     made.add_argument(
         "--micro-batch", type=int, default=1, help="suite train-rm: pairs that sarm packs together"
     )
-    made.add_argument("--max-length", type=int, default=4096, help="suite train-rm: tokens")
+    made.add_argument(
+        "--max-length", type=int, default=4096, help="suites train-rm, agreement: tokens"
+    )
     made.add_argument("--documents", type=int, default=16, help="suite train-sae: how many")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     made.add_argument(

@@ -72,8 +72,13 @@ def cells(row: Row) -> dict[str, str]:
     elif row.note and not row.accuracy:
         found["ms (p20-p80)"] = row.note  # why it did not run
     for key, value in row.accuracy.items():
+        if key.startswith("points_"):  # in the column of points
+            continue
         title, text = FIGURES.get(key, (key, "{:.3g}".format))
         found[title] = text(value)
+    if "points_low" in row.accuracy:
+        low, high = (row.accuracy[f"points_{end}"] for end in ("low", "high"))
+        found["points"] += f" [{low:+.1f}, {high:+.1f}]"
     for name, ratio in row.ratios.items():
         if name != row.name:
             title, cell = reference(name, ratio)

@@ -31,7 +31,10 @@ PREFERENCES = Path("preferences_valid.jsonl.gz")
 
 
 def make_scorer(
-    device: str, dtype: torch.dtype | None = None, model: Path | None = None
+    device: str,
+    dtype: torch.dtype | None = None,
+    model: Path | None = None,
+    max_length: int = 4096,
 ) -> SARMScorer:
     """Of the checkpoint `model`, else SmolLM2's lower half with a random SAE and head.
 
@@ -40,13 +43,15 @@ def make_scorer(
     if dtype is None and device == "cuda":
         dtype = torch.bfloat16
     if model is not None:
-        return SARMScorer.from_pretrained(model, device, dtype, prefix_cache_mib=0)
+        return SARMScorer.from_pretrained(
+            model, device, dtype, max_length=max_length, prefix_cache_mib=0
+        )
     path = smollm2()
     backbone = load_backbone(path, LAYERS, device=device, dtype=dtype)
     torch.manual_seed(0)
     sae = TopKSAE(backbone.config.hidden_size, N_LATENTS, K, dtype=backbone.dtype).to(device)
     made = SarmForSequenceClassification.from_parts(backbone, sae, torch.randn(1, N_LATENTS))
-    return SARMScorer(made, load_tokenizer(path), prefix_cache_mib=0)
+    return SARMScorer(made, load_tokenizer(path), max_length=max_length, prefix_cache_mib=0)
 
 
 def in_dtype(scorer: SARMScorer, dtype: torch.dtype) -> SARMScorer:

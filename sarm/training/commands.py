@@ -23,7 +23,7 @@ from sarm.states import StateCache
 from sarm.tokens import ConversationEncoder, usable_length
 from sarm.training.collate import PairDataset
 from sarm.training.distributed.head import extract_together
-from sarm.training.distributed.world import naming_lost_ranks, own_device
+from sarm.training.distributed.world import leaving_group, naming_lost_ranks, own_device
 from sarm.training.end_to_end import save_pairs, train_pairs
 from sarm.training.reward import save_reward, train_reward, usable_pairs
 from sarm.training.sae import check_origin
@@ -178,7 +178,7 @@ def train_command(
 
     train = encoded(pairs)
     valid = encoded(held) if held else None
-    with bars() as add, naming_lost_ranks():
+    with bars() as add, naming_lost_ranks(), leaving_group():
         bar = add("steps", None)
 
         def progress(step: int, of: int, logs: dict) -> None:

@@ -59,6 +59,8 @@ def test_rows_of_a_run(make_scorer, chat):
         assert -1 <= row.accuracy["spearman"] <= 1
         points = row.accuracy["accuracy_percent"] - 100 * better
         assert row.accuracy["points"] == pytest.approx(points)
+        assert row.accuracy["points_low"] <= points + 1e-6
+        assert row.accuracy["points_high"] >= points - 1e-6
     ratio = int8.accuracy["state_error"] / half.accuracy["state_error"]
     assert int8.accuracy["error_over_bf16"] == pytest.approx(ratio)
     assert missing.note == "not there"

@@ -87,3 +87,9 @@ def test_the_documentation_has_a_place_for_every_case():
         "train-sae, token",
         "train-sae, processes",
     }
+
+
+def test_points_stand_with_their_interval():
+    row = Row("agreement", "", "", "sarm int8")
+    row.accuracy = {"points": 1.213, "points_low": -0.04, "points_high": 2.5}
+    assert tables.cells(row) == {"": "sarm int8", "points": "+1.21 [-0.0, +2.5]"}

@@ -3,6 +3,7 @@
 import pytest
 import tiny_sarm
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -12,7 +13,13 @@ from sarm.training.distributed import World
 from sarm.training.distributed.extraction import SharedStateStream, equal_parts
 from sarm.training.distributed.files import load_shards, save_sharded
 from sarm.training.distributed.pairs import FilledPairs, PairOrder, collate_filled, counted
-from sarm.training.distributed.world import launched, naming_lost_ranks, share, timeout_s
+from sarm.training.distributed.world import (
+    launched,
+    leaving_group,
+    naming_lost_ranks,
+    share,
+    timeout_s,
+)
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 9))
@@ -111,3 +118,23 @@ def test_a_lost_process_is_named_and_other_errors_pass(monkeypatch):
         raise RuntimeError("[gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     with pytest.raises(RuntimeError, match="shapes"), naming_lost_ranks():
         raise RuntimeError("shapes cannot be multiplied")
+
+
+def test_a_group_is_left_by_who_began_it(tmp_path):
+    def begin():
+        store = dist.FileStore(str(tmp_path / "store"), 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+    def fail():
+        with leaving_group():
+            begin()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not dist.is_initialized()
+    begin()
+    with leaving_group():
+        pass
+    assert dist.is_initialized()
+    dist.destroy_process_group()

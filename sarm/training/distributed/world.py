@@ -212,6 +212,20 @@ def naming_lost_ranks() -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def leaving_group() -> Iterator[None]:
+    """A process group that was begun within, by Accelerate for one, is left at the end.
+
+    A process that ends as a member may be aborted by what the group's threads still do.
+    """
+    member = dist.is_initialized()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and not member:
+            dist.destroy_process_group()
+
+
 def _is_communication(error: RuntimeError) -> bool:
     words = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "NCCL")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
