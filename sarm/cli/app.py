@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sqlite3
 import sys
@@ -29,7 +30,16 @@ def main() -> None:
     """Entry point of the console script."""
     transformers_logging.disable_progress_bar()  # there are bars of our own
     try:
-        app()  # usage errors exit with 2 here
+        _run()
+    except SystemExit as end:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _end_member(end)
+        raise
+
+
+def _run() -> None:
+    try:
+        app()  # ends with SystemExit: 0, or 2 for usage errors
     except (InputError, OSError, SafetensorError, sqlite3.Error) as error:
         # safetensors and SQLite report a full disk with errors of their own
         if os.environ.get("SARM_DEBUG") == "1":
@@ -37,6 +47,19 @@ def main() -> None:
         _tell_launcher(error)
         stderr.print(f"sarm: {_one_line(error)}", markup=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _end_member(end: SystemExit) -> None:
+    """End one of several processes without finalising the interpreter.
+
+    A process group's threads may hold the last of a tensor. Before Python 3.14 a thread that asks
+    for the interpreter while it is finalised is killed in the middle of C++, which aborts the
+    process and so the job (https://github.com/python/cpython/issues/87135).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 def _tell_launcher(error: BaseException) -> None:

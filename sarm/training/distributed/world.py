@@ -214,10 +214,7 @@ def naming_lost_ranks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_group() -> Iterator[None]:
-    """A process group that was begun within, by Accelerate for one, is left at the end.
-
-    A process that ends as a member may be aborted by what the group's threads still do.
-    """
+    """A process group that was begun within, by Accelerate for one, is left at the end."""
     member = dist.is_initialized()
     try:
         yield
