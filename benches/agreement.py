@@ -19,7 +19,6 @@ or $SARM_DATA), --items of each, else the demo's pairs; --max-length tokens of a
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,13 +31,12 @@ from torch import Tensor
 from workload import benchmarks, in_bf16, in_int8, make_scorer
 
 from sarm import SARMScorer
-from sarm.evaluation.metrics import Benchmark, Score, evaluate
+from sarm.evaluation.metrics import Benchmark, evaluate
 from sarm.packing import last_states
 from sarm.sae import normalize_tokens
 
 CASE = "agreement"
 PROBES = 64
-POINTS = {"value": "points", "low": "points_low", "high": "points_high"}
 ALONE = 16  # rows that also run alone
 EXACT, HALF, INT8 = "sarm fp32", "sarm bf16", "sarm int8"
 
@@ -84,8 +82,8 @@ def compare(
         with torch.inference_mode():
             logits = scorer.model.from_states(raw.to(scorer.model.device)).logits
         rewards[name] = logits[:, 0].float().cpu()
-        score = verdict(benchmark, rewards[EXACT], rewards[name])
-        accuracy = score.estimate.value
+        main = evaluate(benchmark, {n: r.tolist() for n, r in rewards.items()})[0]
+        accuracy = main.scores[name].estimate.value
         row = Row(CASE, shape, "", name, accuracy={"accuracy_percent": 100 * accuracy})
         row.accuracy["packing_error"] = packing_error(scorer.model.model, ids[:ALONE], raw[:ALONE])
         rows.append(row)
@@ -96,20 +94,16 @@ def compare(
         linear = (states[n] @ probes for n in (name, EXACT))
         row.accuracy["spearman_probes"] = spearman(*linear)
         row.accuracy["spearman"] = spearman(rewards[name], rewards[EXACT])
-        assert score.difference is not None
-        points = dataclasses.asdict(score.difference)
-        row.accuracy |= {POINTS[name]: 100 * value for name, value in points.items()}
+        points = main.scores[name].difference  # from the first, which is exact
+        assert points is not None
+        row.accuracy["points"] = 100 * points.value
+        row.accuracy["points_low"] = 100 * points.low
+        row.accuracy["points_high"] = 100 * points.high
         if HALF in states and name != HALF:
             of_half = row.accuracy["state_error"] / relative_error(states[HALF], states[EXACT])
             row.accuracy["error_over_bf16"] = of_half
         row.note = note(row.accuracy)
     return rows
-
-
-def verdict(benchmark: Benchmark, exact: Tensor, ours: Tensor) -> Score:
-    """The benchmark's main measure of our rewards, and its difference from that of the exact."""
-    result = evaluate(benchmark, {EXACT: exact.tolist(), "ours": ours.tolist()})[0]
-    return result.scores["ours"]
 
 
 def note(found: dict[str, float]) -> str:

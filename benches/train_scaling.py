@@ -26,7 +26,7 @@ from workload import LAYERS, N_LATENTS, K
 CASE = "train-sae, processes"
 WAYS = {"data": 1, "latents": 0}  # shards; 0: as many as processes
 STATES, BATCH = 1024, 512
-WORLDS = (1, 2, 4, 8)
+WORLDS = (2, 4, 8)
 ALONE = "1 process"
 
 
@@ -34,7 +34,7 @@ def run(options: Options) -> list[Row]:
     """A row for each number of processes and way; ratios are to one process."""
     most = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count() or 1
     points = {ALONE: (1, 1)}  # name -> (processes, shards)
-    for world in WORLDS[1:]:
+    for world in WORLDS:
         if world <= most:
             for way, shards in WAYS.items():
                 points[f"{world} processes, {way}"] = world, shards or world
