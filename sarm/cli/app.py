@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from sarm.errors import InputError
 from sarm.progress import stderr
+from sarm.training.distributed.world import launched
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +33,7 @@ def main() -> None:
     try:
         _run()
     except SystemExit as end:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if launched()[1] > 1:
             _end_member(end)
         raise
 
